@@ -1,0 +1,263 @@
+"""From a recipe to a mixer: the draft that variants edit, and the two frames that complete it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from attnzoo.attention.base import Mixer, Site, Stage
+from attnzoo.attention.recurrent import NoGates, RecurrentAttention, Scan
+from attnzoo.attention.score import ScoreAttention, Single
+from attnzoo.attention.stages.combine import Gate
+from attnzoo.attention.stages.mask import Static, band
+from attnzoo.attention.stages.out import LinearOut
+from attnzoo.attention.stages.position import NoPosition, Rope
+from attnzoo.attention.stages.project import QKV
+from attnzoo.attention.stages.refine import QKNorm
+
+CHAINS = ("refine", "combine")
+IMPLS = ("auto", "reference", "sdpa", "flex", "triton", "xformers")
+
+
+@dataclass
+class Draft:
+    """A mixer in the making. A variant puts the stages it changes; the frame fills the rest.
+
+    Attributes:
+        site, dim, num_heads, num_kv_heads: H query heads, G key/value heads.
+        head_dim: width of the content part of a q/k head; v_head_dim: of a v head; rotary: extra rotary width.
+        scale: score scale (default 1/sqrt of the q/k width); host: the frame's options.
+        o_heads: heads that come out of the mixing (value heads where they outnumber the query heads).
+        project_width: q/k width out of the projection where a feature map changes it (0 = head_dim).
+        qk_width: width of a whole q/k head.
+        hooks: what variants do once all of them have spoken: stages that need the final shapes, checks.
+    """
+
+    frame: type[Frame]
+    site: Site
+    dim: int
+    num_heads: int
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    v_head_dim: int = 0
+    rotary: int = 0
+    scale: float | None = None
+    host: dict[str, Any] = field(default_factory=dict)
+    slots: dict[str, Any] = field(default_factory=lambda: {name: [] for name in CHAINS})
+    owner: dict[str, str] = field(default_factory=dict)
+    current: str = ""
+    hooks: list[tuple[str, Callable[[Draft], None]]] = field(default_factory=list)
+    o_heads: int = 0
+    project_width: int = 0
+
+    @property
+    def qk_width(self) -> int:
+        return self.head_dim + self.rotary
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(heads, width) of q, k and v as refine stages see them."""
+        v_heads = max(self.num_kv_heads, self.o_heads) if self.o_heads > self.num_heads else self.num_kv_heads
+        return {
+            "q": (self.num_heads, self.head_dim),
+            "k": (self.num_kv_heads, self.head_dim),
+            "v": (v_heads, self.v_head_dim),
+        }
+
+    def last(self, hook: Callable[[Draft], None]) -> None:
+        """Runs ``hook`` after all variants of the composition."""
+        self.hooks.append((self.current, hook))
+
+    def settle(self) -> None:
+        for self.current, hook in self.hooks:
+            hook(self)
+
+    def put(self, slot: str, stage: Stage) -> None:
+        """Sets a slot, or extends a chain (refine, combine).
+
+        Raises:
+            ValueError: another variant of the composition already set the slot, or the frame has no such slot.
+        """
+        if slot not in self.frame.slots:
+            raise ValueError(f"add: {self.current} sets {slot!r}, which {self.frame.title} does not have")
+        if slot in CHAINS:
+            self.slots[slot].append(stage)
+            return
+        if slot in self.owner:
+            raise ValueError(f"add: {self.owner[slot]} and {self.current} both set {slot!r}; leave one of them out")
+        self.slots[slot], self.owner[slot] = stage, self.current
+
+    def fill(self, slot: str, make: Callable[[], Stage]) -> Stage:
+        """The slot's stage, made now if no variant put one."""
+        if slot not in self.slots:
+            self.slots[slot] = make()
+        return self.slots[slot]
+
+    def linear(self, name: str, d_in: int, d_out: int, bias: bool = False) -> torch.nn.Linear:
+        return self.site.weights.linear(name, d_in, d_out, bias)
+
+
+class Frame:
+    """A skeleton's options and defaults."""
+
+    title: str
+    slots: tuple[str, ...]
+
+    @staticmethod
+    def begin(draft: Draft) -> None:
+        """Checks the options that all variants of the frame share and sets the draft's widths."""
+        raise NotImplementedError
+
+    @staticmethod
+    def finish(draft: Draft) -> Mixer:
+        """Fills the slots no variant set and builds the mixer."""
+        raise NotImplementedError
+
+
+def set_heads(draft: Draft, num_kv_heads: int | None, head_dim: int | None) -> None:
+    """Head counts and widths from the options; see `ScoreFrame.begin` for the rules."""
+    H, D = draft.num_heads, draft.dim
+    G = H if num_kv_heads is None else num_kv_heads
+    if G < 1 or G > H or H % G:
+        raise ValueError(f"num_kv_heads: must divide num_heads={H}, got {G}; choose one of {_divisors(H)}")
+    if head_dim is None and D % H:
+        raise ValueError(f"dim: must be divisible by num_heads={H}, got {D}; change one of them or set head_dim")
+    draft.num_kv_heads, draft.head_dim = G, D // H if head_dim is None else head_dim
+    if draft.head_dim < 1:
+        raise ValueError(f"head_dim: must be at least 1, got {draft.head_dim}")
+    draft.v_head_dim, draft.o_heads = draft.head_dim, H
+
+
+class ScoreFrame(Frame):
+    """`ScoreAttention` with softmax over dot products, RoPE and a causal mask unless a variant says otherwise."""
+
+    title = "ScoreAttention"
+    slots = ("project", "refine", "position", "score", "mask", "normalise", "read", "combine", "out")
+
+    @staticmethod
+    def begin(
+        draft: Draft,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        pos: Literal["rope", "none"] = "rope",
+        rope_theta: float = 10000.0,
+        qk_norm: bool = False,
+        window: int | None = None,
+        n_sink: int = 0,
+        output_gate: Literal["none", "headwise", "elementwise"] = "none",
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        set_heads(draft, num_kv_heads, head_dim)
+
+    @staticmethod
+    def finish(draft: Draft) -> Mixer:
+        draft.settle()
+        host, site, H = draft.host, draft.site, draft.num_heads
+        rotary = draft.rotary or draft.head_dim
+        field_name = "qk_rope_head_dim" if draft.rotary else "head_dim"
+        rope = host["pos"] == "rope"
+        draft.fill("position", lambda: Rope(rotary, host["rope_theta"], field_name) if rope else NoPosition())
+        project = draft.fill(
+            "project",
+            lambda: QKV(site, draft.dim, H, draft.num_kv_heads, draft.head_dim, draft.v_head_dim, host["qkv_bias"]),
+        )
+        if host["qk_norm"]:
+            draft.slots["refine"].append(QKNorm(draft.head_dim, host["norm_eps"]))
+        add_gate(draft)
+        slots = draft.slots
+        draft.fill("mask", lambda: Static(band(host["window"], host["n_sink"])))
+        draft.fill("read", Single)
+        draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
+        mixer = ScoreAttention(
+            project=project, refine=slots["refine"], position=slots["position"], score=slots.get("score"),
+            mask=slots["mask"], normalise=slots.get("normalise"), read=slots["read"], combine=slots["combine"],
+            out=slots["out"], scale=draft.scale or draft.qk_width**-0.5,
+            head_widths=(draft.qk_width, draft.v_head_dim),
+        )
+        own = [name for name in ("score", "normalise") if name in slots]
+        mixer.impl, mixer.impl_reason = _score_impl(host["impl"], own, draft)
+        return mixer
+
+
+class RecurrentFrame(Frame):
+    """`RecurrentAttention` without gates, positions or output stages unless a variant says otherwise."""
+
+    title = "RecurrentAttention"
+    slots = ("project", "refine", "position", "gates", "scan", "combine", "out")
+
+    @staticmethod
+    def begin(
+        draft: Draft,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        pos: Literal["rope", "none"] = "none",
+        rope_theta: float = 10000.0,
+        chunk_size: int = 64,
+        output_gate: Literal["none", "headwise", "elementwise"] = "none",
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        set_heads(draft, num_kv_heads, head_dim)
+
+    @staticmethod
+    def finish(draft: Draft) -> Mixer:
+        draft.settle()
+        host, site, H, slots = draft.host, draft.site, draft.o_heads, draft.slots
+        draft.fill("position", lambda: Rope(draft.head_dim, host["rope_theta"]) if host["pos"] == "rope" else NoPosition())
+        draft.fill(
+            "project",
+            lambda: QKV(
+                site, draft.dim, draft.num_heads, draft.num_kv_heads, draft.project_width or draft.head_dim,
+                draft.v_head_dim, host["qkv_bias"], stores=False, num_v_heads=draft.shapes()["v"][0],
+            ),
+        )
+        add_gate(draft)
+        gates = draft.fill("gates", NoGates)
+        scale = draft.head_dim**-0.5 if draft.scale is None else draft.scale
+        draft.fill("scan", lambda: Scan(H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind))
+        draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
+        mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
+        mixer.impl, mixer.impl_reason = _scan_impl(host["impl"])
+        return mixer
+
+
+def add_gate(draft: Draft) -> None:
+    """The ``output_gate`` option (arXiv 2505.06708): a sigmoid of x on each head or channel."""
+    kind = draft.host["output_gate"]
+    if kind == "none":
+        return
+    if any(isinstance(stage, Gate) for stage in draft.slots["combine"]):
+        raise ValueError(f"output_gate: the variant already gates its output, got {kind!r}; leave it at 'none'")
+    gate = Gate(draft.site, draft.dim, draft.o_heads, draft.v_head_dim, torch.sigmoid, kind == "elementwise")
+    draft.slots["combine"].append(gate)
+
+
+def _score_impl(asked: str, own: list[str], draft: Draft) -> tuple[str, str]:
+    fused = not own
+    why = "dot product and softmax: fused" if fused else f"own {' and '.join(own)}: no fused path, query-chunked torch"
+    if asked == "auto":
+        return ("sdpa" if fused else "reference"), why
+    if asked == "reference":
+        return asked, "asked for"
+    if asked == "sdpa":
+        if fused:
+            return asked, "asked for"
+        raise ValueError(f"impl: 'sdpa' computes dot products and softmax, {own[0]} here is its own; use auto or reference")
+    raise ValueError(f"impl: {asked!r} has no adapter in this version, got impl={asked!r}; use auto, reference or sdpa")
+
+
+def _scan_impl(asked: str) -> tuple[str, str]:
+    if asked in ("auto", "reference"):
+        return "reference", "chunked scan in torch matmuls"
+    raise ValueError(f"impl: {asked!r} does not run a scan, got impl={asked!r}; use auto or reference")
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]

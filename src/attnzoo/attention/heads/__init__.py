@@ -1,0 +1,1 @@
+"""How heads talk to each other, and which of them run."""

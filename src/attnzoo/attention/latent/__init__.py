@@ -1,0 +1,1 @@
+"""Keys and values from a low-rank latent."""

@@ -1,0 +1,1 @@
+"""Linear-time mixers: a recurrent state instead of scores."""

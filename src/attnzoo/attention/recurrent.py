@@ -1,0 +1,117 @@
+"""RecurrentAttention: project -> refine -> position -> gates -> scan -> combine -> out.
+
+The same project, refine, position, combine and out stages as `ScoreAttention`; the middle is a state recurrence.
+Ranks as there; combine 10 is the denominator, where a variant has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.attention.base import Call, Mixer, Raw, Stage
+from attnzoo.attention.memory import Slot
+from attnzoo.cost import Work
+from attnzoo.ops.scan import scan
+from attnzoo_kernels.scan import scan_flops
+
+
+class Terms(NamedTuple):
+    """What a scan runs on: q, k, a, e ``(B, T, H, d_k)``, v ``(B, T, H, d_v)``, log decay g ``(B, T, H)``,
+    ``(B, T, H, d_k)`` or ``(H,)``, beta ``(B, T, H)``; see `attnzoo_kernels.scan`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+    e: Tensor | None = None
+    a: Tensor | None = None
+
+
+class NoGates(Stage):
+    """Nothing is forgotten, everything is written."""
+
+    kind = "scalar"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
+        return Terms(q, k, v)
+
+
+class Scan(Stage):
+    """The recurrence itself, with its state ``S`` ``(H, d_k, d_v)``."""
+
+    def __init__(self, heads: int, k_width: int, v_width: int, chunk_size: int, scale: float, kind: str) -> None:
+        super().__init__()
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
+        self.shape, self.chunk_size, self.scale, self.kind = (heads, k_width, v_width), chunk_size, scale, kind
+
+    def memory(self) -> dict[str, Slot]:
+        return {"S": Slot("state", self.shape)}
+
+    def forward(self, terms: Terms, call: Call) -> Tensor:
+        o, state = scan(
+            *terms, scale=self.scale, initial_state=call.mem.state("S"), output_final_state=call.mem.cache is not None,
+            chunk_size=self.chunk_size, segments=call.line.doc,
+        )
+        call.mem.put("S", state)
+        return o
+
+    def work(self, length: int) -> Iterable[Work]:
+        heads, k_width, v_width = self.shape
+        flops = scan_flops(self.kind, length, heads, k_width, v_width, self.chunk_size)
+        yield Work("mixing", "scan", flops.method, flops.executed, "later tokens of a chunk", per_head=True)
+
+
+class RecurrentAttention(Mixer):
+    """Attention by a recurrent state; see the module. Slots: project, refine, position, gates, scan, combine, out."""
+
+    def __init__(
+        self, *, project: Stage, refine: list[Stage], position: Stage, gates: Stage, scan: Stage, combine: list[Stage],
+        out: Stage,
+    ) -> None:
+        super().__init__()
+        self.project, self.position, self.gates, self.scan, self.out = project, position, gates, scan, out
+        self.refine = nn.ModuleList(sorted(refine, key=lambda s: s.rank))
+        self.combine = nn.ModuleList(sorted(combine, key=lambda s: s.rank))
+
+    def heads(self, call: Call) -> Tensor:
+        """``(B, T, H, d_v)``."""
+        q, k, v = self.project.qkv(call.x, call)
+        for stage in self.refine:
+            q, k, v = stage(q, k, v, call)
+        call.raw = Raw(q, k, v)
+        q, k = self.position(q, k, call)
+        terms = self.gates(*(_per_state(z, self.scan.shape[0]).transpose(1, 2) for z in (q, k, v)), call)
+        o = self.scan(_without_padding(terms, call), call)
+        for stage in self.combine:
+            o = stage(o, call)
+        return o
+
+    def stages(self) -> Iterable[Stage]:
+        return (self.project, *self.refine, self.position, self.gates, self.scan, *self.combine, self.out)
+
+
+def _per_state(z: Tensor, heads: int) -> Tensor:
+    """One head per state; consecutive states share."""
+    return z if z.shape[1] == heads else z.repeat_interleave(heads // z.shape[1], dim=1)
+
+
+def _without_padding(terms: Terms, call: Call) -> Terms:
+    """Padding writes nothing and forgets nothing."""
+    valid = call.line.valid
+    if valid is None:
+        return terms
+
+    def blank(name: str, z: Tensor | None) -> Tensor | None:
+        if z is None or name == "q" or z.dim() == 1:
+            return z
+        return torch.where(valid.reshape(*valid.shape, *(1,) * (z.dim() - 2)), z, torch.zeros((), dtype=z.dtype))
+
+    if terms.g is not None and terms.g.dim() == 1:
+        terms = terms._replace(g=terms.g.expand(*valid.shape, -1))
+    return Terms(*(blank(name, z) for name, z in zip(Terms._fields, terms, strict=True)))

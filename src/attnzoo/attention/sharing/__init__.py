@@ -1,0 +1,1 @@
+"""Which keys and values exist, and who shares them."""

@@ -1,0 +1,1 @@
+"""The steps that mixers are made of."""

@@ -1,0 +1,56 @@
+"""Where positions enter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.base import Call, Stage
+
+
+class NoPosition(Stage):
+    """Queries and keys as they are."""
+
+    def forward(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        return q, k
+
+
+class Rope(Stage):
+    """Rotary embedding in the rotate-half layout (arXiv 2104.09864).
+
+    Pair f of an r-wide slice is channels f and f + r/2, turned by ``position * theta^(-2f/r)``. Angles are formed in
+    fp64 and the rotation in at least fp32, so that long positions stay exact.
+
+    Args:
+        width: r, even. theta: base of the frequencies.
+
+    Raises:
+        ValueError: the width is odd.
+    """
+
+    def __init__(self, width: int, theta: float = 10000.0, field: str = "head_dim") -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"{field}: RoPE turns pairs of channels, got an odd width {width}; make it even or set pos=none")
+        if theta <= 0:
+            raise ValueError(f"rope_theta: must be positive, got {theta}")
+        self.width, self.theta = width, theta
+
+    def forward(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        return self.turn(q, call.line.pos, call), self.turn(k, call.line.pos, call)
+
+    def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
+        """``z`` ``(B, heads, T, width)`` at positions ``(B or 1, T)``."""
+        work = torch.float64 if z.dtype == torch.float64 else torch.float32
+        name = ("rope", self.width, self.theta, work, pos.data_ptr())
+        cos, sin = call.line.once(name, lambda: self._table(pos, work))
+        a, b = z.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
+
+    def _table(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        step = torch.arange(0, self.width, 2, device=pos.device, dtype=torch.float64) / self.width
+        angle = pos.double()[:, None, :, None] * self.theta ** -step
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def elementwise(self) -> dict[str, float]:
+        return {"rope": 3.0 * self.width}

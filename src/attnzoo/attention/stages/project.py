@@ -1,0 +1,49 @@
+"""Projections from the stream to queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from attnzoo.attention.base import Call, Site, Stage
+from attnzoo.attention.memory import Slot
+from attnzoo.attention.score import Early
+from attnzoo.cost import Work
+
+
+class QKV(Early, Stage):
+    """Queries, keys and values by one fused matrix ``[W_q | W_k | W_v]``, heads contiguous inside each.
+
+    Args:
+        num_heads, num_kv_heads: query heads H and key/value heads G; head h reads group ``h // (H / G)``.
+        head_dim, v_head_dim: widths of q and k heads, and of v heads.
+        stores: whether k and v rows are cached (a recurrent mixer keeps a state instead).
+    """
+
+    def __init__(
+        self, site: Site, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int,
+        bias: bool = False, stores: bool = True, num_v_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = (num_heads, num_kv_heads, num_v_heads or num_kv_heads)
+        self.widths = (head_dim, head_dim, v_head_dim)
+        self.sizes = [h * d for h, d in zip(self.heads, self.widths, strict=True)]
+        self.dim, self.stores = dim, stores
+        self.qkv_proj = site.weights.linear("qkv", dim, sum(self.sizes), bias)
+
+    def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """x ``(B, T, D)`` -> q ``(B, H, T, d)``, k ``(B, G, T, d)``, v ``(B, G, T, d_v)``; views of one tensor."""
+        parts = self.qkv_proj(x).split(self.sizes, dim=-1)
+        return tuple(
+            z.unflatten(-1, (h, d)).transpose(1, 2) for z, h, d in zip(parts, self.heads, self.widths, strict=True)
+        )
+
+    def memory(self) -> dict[str, Slot]:
+        if not self.stores:
+            return {}
+        return {"k": Slot("rows", (self.heads[1], self.widths[1])), "v": Slot("rows", (self.heads[2], self.widths[2]))}
+
+    def work(self, length: int) -> Iterable[Work]:
+        yield Work("projections", "W_q", 2 * length * self.dim * self.sizes[0], per_head=True)
+        yield Work("projections", "W_k, W_v", 2 * length * self.dim * sum(self.sizes[1:]))

@@ -1,0 +1,116 @@
+"""Maps on queries, keys and values between the projection and the position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention.base import Call, Stage, flag
+from attnzoo.attention.memory import Slot
+
+
+class QKNorm(Stage):
+    """RMSNorm over each query and key head, with one gain each (Qwen3 form)."""
+
+    rank = 30
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.q_gain, self.k_gain = (flag(nn.Parameter(torch.ones(width)), decay=False) for _ in range(2))
+        self.eps = eps
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        return rms_norm(q, self.q_gain, self.eps), rms_norm(k, self.k_gain, self.eps), v
+
+
+class L2Norm(Stage):
+    """Queries and keys of unit length: ``x / sqrt(sum x² + eps)`` over the head."""
+
+    rank = 30
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        return self._unit(q), self._unit(k), v
+
+    def _unit(self, z: Tensor) -> Tensor:
+        wide = z if z.dtype == torch.float64 else z.float()
+        return (wide * (wide.square().sum(-1, keepdim=True) + self.eps).rsqrt()).to(z.dtype)
+
+
+class ShortConv(Stage):
+    """Causal depthwise convolutions on q, k and v, each with its activation.
+
+    ``y_t = act(sum_m w_m x_(t - n + 1 + m))`` per channel, cut at document starts; the last tap meets the token itself.
+    Taps start as in Conv1d, U(-1/sqrt(n), 1/sqrt(n)), and are not re-initialised.
+
+    Args:
+        shapes: (heads, width) of q, k, v. size: taps n. acts: activation of q, k, v.
+    """
+
+    rank = 10
+    names = ("conv_q", "conv_k", "conv_v")
+
+    def __init__(self, shapes: list[tuple[int, int]], size: int, acts: list[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"conv_kernel: must be at least 1, got {size}")
+        self.shapes, self.size, self.acts = shapes, size, acts
+        for name, (heads, width) in zip(self.names, shapes, strict=True):
+            taps = nn.Parameter(torch.empty(heads * width, size).uniform_(-1, 1) / math.sqrt(size))
+            self.register_parameter(name, flag(taps, decay=False, reinit=False))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(self._one(i, z, call) for i, z in enumerate((q, k, v)))
+
+    def _one(self, i: int, z: Tensor, call: Call) -> Tensor:
+        flat = z.transpose(1, 2).flatten(2)
+        y = causal_conv(flat, getattr(self, self.names[i]), call, self.names[i])
+        return self.acts[i](y).unflatten(-1, self.shapes[i]).transpose(1, 2)
+
+    def memory(self) -> dict[str, Slot]:
+        sizes = (h * d for h, d in self.shapes)
+        return {name: Slot("tail", (self.size - 1, c)) for name, c in zip(self.names, sizes, strict=True)}
+
+    def elementwise(self) -> dict[str, float]:
+        return {"short convolutions": 2.0 * self.size * sum(h * d for h, d in self.shapes)}
+
+
+class Activation(Stage):
+    """The activations of a `ShortConv` that is left out."""
+
+    rank = 10
+
+    def __init__(self, acts: list[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.acts = acts
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(act(z) for act, z in zip(self.acts, (q, k, v), strict=True))
+
+
+def causal_conv(z: Tensor, taps: Tensor, call: Call, slot: str) -> Tensor:
+    """Depthwise convolution of ``z`` ``(B, T, C)`` with ``taps`` ``(C, n)`` over the token's own document."""
+    n, T = taps.shape[1], z.shape[1]
+    both = call.mem.tail(slot, z, n - 1)
+    cut = call.line.doc is not None
+    y = both[:, n - 1 :] * taps[:, n - 1]
+    for back in range(1, n):
+        before = both[:, n - 1 - back : n - 1 - back + T]
+        if cut:
+            before = torch.where((call.line.order >= back)[..., None], before, torch.zeros((), dtype=z.dtype))
+        y = torch.addcmul(y, before, taps[:, n - 1 - back].to(before.dtype))
+    return y
+
+
+def rms_norm(z: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the last axis in at least fp32, in ``z``'s dtype."""
+    wide = z if z.dtype == torch.float64 else z.float()
+    gain = None if gain is None else gain.to(wide.dtype)
+    return F.rms_norm(wide, (z.shape[-1],), gain, eps).to(z.dtype)

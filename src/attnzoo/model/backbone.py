@@ -1,0 +1,203 @@
+"""A pre-norm decoder: embedding, blocks of mixer and SwiGLU MLP, final norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention import timeline
+from attnzoo.attention.base import INIT_STD, Mixer, flag
+from attnzoo.attention.memory import Cache, Clock
+from attnzoo.attention.timeline import Timeline
+from attnzoo.context import Context
+from attnzoo.cost import Cost, add_costs
+from attnzoo.model.layout import parse_layout
+from attnzoo.options import unknown
+from attnzoo.registry import create, legal_options
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis with a gain (arXiv 1910.07467), in at least fp32, in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = flag(nn.Parameter(torch.ones(dim)), decay=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """``(silu(x W_gate) * x W_up) W_down`` (arXiv 2002.05202), gate and up in one matrix."""
+
+    def __init__(self, dim: int, hidden: int, out_std: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        nn.init.normal_(self.up.weight, std=INIT_STD)
+        nn.init.normal_(self.down.weight, std=out_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """``h + mixer(norm(h))``, then ``h + mlp(norm(h))``."""
+
+    def __init__(self, mixer: Mixer, dim: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = RMSNorm(dim, eps), mixer
+        self.mlp_norm, self.mlp = RMSNorm(dim, eps), SwiGLU(dim, hidden, mixer.site.out_std)
+
+    def forward(self, h: Tensor, ctx: Context, line: Timeline, cache: Cache | None = None) -> Tensor:
+        h = h + self.mixer(self.mixer_norm(h), ctx.at(h, line), cache)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+@dataclass
+class ModelCache:
+    """The layers' caches, on one clock."""
+
+    layers: list[Cache]
+    clock: Clock
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the layers store."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def length(self) -> int:
+        return self.clock.length
+
+
+class LanguageModel(nn.Module):
+    """See `create_model`.
+
+    Attributes:
+        config: plain values; ``create_model(**config)`` builds the same architecture.
+        blocks: the layers; ``mixers`` their mixers.
+        run_block: how a block is called; a trainer may wrap it (activation checkpointing).
+    """
+
+    def __init__(self, mixers: Sequence[Mixer], config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        dim, eps = config["dim"], config["norm_eps"]
+        hidden = config["mlp_hidden"] or default_hidden(dim)
+        self.embed = nn.Embedding(config["vocab_size"], dim)
+        nn.init.normal_(self.embed.weight, std=INIT_STD)
+        self.blocks = nn.ModuleList(Block(mixer, dim, hidden, eps) for mixer in mixers)
+        self.norm = RMSNorm(dim, eps)
+        self.head = nn.Linear(dim, config["vocab_size"], bias=False)
+        nn.init.normal_(self.head.weight, std=INIT_STD)
+        if config["tie_head"]:
+            self.head.weight = self.embed.weight
+        self.run_block: Callable[..., Tensor] = nn.Module.__call__
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [block.mixer for block in self.blocks]
+
+    def forward(self, tokens: Tensor, ctx: Context | None = None, cache: ModelCache | None = None) -> Tensor:
+        """``(B, T)`` int64 -> logits ``(B, T, vocab)``, zero at padding.
+
+        Raises:
+            ValueError: tokens are not ``(B, T)`` with T >= 1, or a Context field does not fit.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens: must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
+        ctx = ctx or Context()
+        line = timeline.read(ctx, *tokens.shape, tokens.device, cache.clock if cache else None)
+        h = self.embed(line.compact(tokens))
+        for i, block in enumerate(self.blocks):
+            h = self.run_block(block, h, ctx, line, cache.layers[i] if cache else None)
+        line.advance()
+        return line.restore(self.head(self.norm(h)))
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelCache:
+        """Empty memory for decoding; see `Mixer.new_cache`."""
+        clock = Clock()
+        layers = [m.new_cache(batch_size, max_len, dtype=dtype, device=device, clock=clock) for m in self.mixers]
+        return ModelCache(layers, clock)
+
+    def cost(self, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
+        """Costs of the whole model; the embedding is a lookup and costs no FLOPs."""
+        config = self.config
+        hidden = config["mlp_hidden"] or default_hidden(config["dim"])
+        extra = {"mlp": 6.0 * config["dim"] * hidden * len(self.blocks), "head": 2.0 * config["dim"] * config["vocab_size"]}
+        params = sum(p.numel() for p in self.parameters())
+        return add_costs((m.cost(seq_len, dtype) for m in self.mixers), extra, params)
+
+
+def default_hidden(dim: int) -> int:
+    """Hidden width of the MLP: 8/3 of ``dim``, up to a multiple of 32, so that it has 8 dim² parameters."""
+    return -(-8 * dim // 3 // 32) * 32 if dim >= 32 else 3 * dim
+
+
+def create_model(
+    layout: str | Sequence[Any] = "mha",
+    vocab_size: int = 256,
+    dim: int = 256,
+    depth: int = 6,
+    num_heads: int = 8,
+    *,
+    mlp_hidden: int | None = None,
+    tie_head: bool = False,
+    norm_eps: float = 1e-6,
+    max_seq_len: int = 2048,
+    impl: str = "auto",
+    **options: Any,
+) -> LanguageModel:
+    """A causal language model.
+
+    Args:
+        layout: which mixer stands in which layer, see `parse_layout`.
+        vocab_size, dim, depth, num_heads: sizes; every layer has ``num_heads`` query heads.
+        mlp_hidden: width of the SwiGLU MLP; default 8/3 of dim.
+        tie_head: whether the head shares the embedding's weights.
+        norm_eps: of the backbone's norms. max_seq_len: longest sequence, for mixers with a fixed maximum.
+        impl: implementation of all mixers.
+        options: of the mixers; in a mixed layout each goes to the layers whose variant has it.
+
+    Raises:
+        ValueError: a size below 1, an unknown variant, or an option that no layer has.
+    """
+    for name, value in (("vocab_size", vocab_size), ("depth", depth), ("mlp_hidden", 1 if mlp_hidden is None else mlp_hidden)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+    specs = parse_layout(layout, depth)
+    legal = [_legal(spec.name, spec.options, options) for spec in specs]
+    groups = {n for n in (options.get("add") or ())} if not isinstance(options.get("add"), str) else {options["add"]}
+    for name in options:
+        if name.split(".")[0] not in groups and not any(name in names for names in legal):
+            raise unknown("option", name, set().union(*legal), "any layer")
+    mixers = []
+    for i, (spec, names) in enumerate(zip(specs, legal, strict=True)):
+        own = {k: v for k, v in options.items() if k in names or k.split(".")[0] in groups} | spec.options
+        place = {"impl": impl, "layer_idx": i, "num_layers": depth, "max_seq_len": max_seq_len}
+        mixers.append(create(spec.name, dim, num_heads, **place | own))
+    config = {
+        "layout": layout if isinstance(layout, str) else [s.name if not s.options else {"name": s.name, **s.options} for s in specs],
+        "vocab_size": vocab_size, "dim": dim, "depth": depth, "num_heads": num_heads, "mlp_hidden": mlp_hidden,
+        "tie_head": tie_head, "norm_eps": norm_eps, "max_seq_len": max_seq_len, "impl": impl, **options,
+    }
+    return LanguageModel(mixers, config)
+
+
+def _legal(name: str, own: dict[str, Any], shared: dict[str, Any]) -> set[str]:
+    add = own.get("add", shared.get("add")) or ()
+    return legal_options(name, (add,) if isinstance(add, str) else tuple(add))

@@ -1,0 +1,280 @@
+"""Attention over a key axis: the fused paths, and the chunked reference for everything they cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.attention.stages.mask import Causal, Mask
+from attnzoo.attention.timeline import Axis
+
+ROWS = 128  # query rows whose scores exist at once in the reference
+BAND_ROWS = 128  # query rows per call of the fused path in a window
+
+
+class Keys(NamedTuple):
+    """One set of keys.
+
+    Args:
+        k: ``(B, G_k, S, d)``; v: ``(B, G_v, S, d_v)``.
+        axis: order and document of each key; None = ``0..S-1`` of one document.
+        aligned: key ``S - T + i`` is query ``i``'s own token, in every row.
+        k_map, v_map: ``(H,)`` which key and value head each query head reads; None = consecutive groups.
+    """
+
+    k: Tensor
+    v: Tensor
+    axis: Axis | None = None
+    aligned: bool = True
+    k_map: Tensor | None = None
+    v_map: Tensor | None = None
+
+
+class Geo(NamedTuple):
+    """One chunk of query rows ``rows`` against keys ``cols``, as score and normalise stages see it.
+
+    Args:
+        keys: the chunk's keys, expanded to the query heads.
+        visible: ``(B or 1, 1, t, S)`` bool.
+        rows: slice of the query axis; cols: ``(S,)`` indices of the key axis, or None = all.
+    """
+
+    keys: Keys
+    visible: Tensor
+    rows: slice
+    cols: Tensor | slice | None
+
+
+class Score(Protocol):
+    def __call__(self, q: Tensor, geo: Geo) -> Tensor: ...
+
+
+class Dot:
+    """Scaled dot product, the default score."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, q: Tensor, geo: Geo) -> Tensor:
+        return grouped_matmul(q * self.scale, geo.keys.k.mT)
+
+
+def softmax(s: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over visible keys in at least fp32, exactly 0 elsewhere; a row that sees nothing is 0."""
+    s = s if s.dtype == torch.float64 else s.float()
+    p = s.masked_fill(~visible, float("-inf")).softmax(-1)
+    return p.masked_fill(~visible, 0.0)
+
+
+def attention(
+    q: Tensor,
+    *sets: Keys | tuple[Keys, Mask],
+    mask: Mask | None = None,
+    query: Axis | None = None,
+    scale: float | None = None,
+    score: Score | None = None,
+    normalise: Callable[[Tensor, Tensor], Tensor] | None = None,
+    weights: Callable[[Tensor, Geo], Tensor] | None = None,
+    impl: str = "sdpa",
+    once: Callable | None = None,
+    also: tuple[str, ...] = (),
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """One joint normalisation over one or several sets of keys.
+
+    Args:
+        q: ``(B, H, T, d)``.
+        sets: `Keys`, or ``(Keys, Mask)`` where a set has a mask of its own.
+        mask: for sets without one; default causal.
+        query: order and document of the queries; None = the last T places of one document.
+        scale: default ``d ** -0.5``.
+        score, normalise, weights: replace the dot product and the softmax, and map the weights after it.
+        impl: "sdpa" or "reference"; the fused path knows only the dot product and the softmax.
+        once: memoises masks for other layers of the same forward.
+        also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the reference.
+
+    Returns:
+        ``(B, H, T, d_v)``, or that and a dict.
+    """
+    mask = mask or Causal()
+    once = once or (lambda key, make: make())
+    pairs = [s if isinstance(s, tuple) and not isinstance(s, Keys) else (s, mask) for s in sets]
+    if query is None:
+        span = pairs[0][0].k.shape[2]
+        query = Axis(torch.arange(span - q.shape[2], span, device=q.device)[None], None)
+    pairs = [(_with_axis(keys), m) for keys, m in pairs]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    plain = score is None and normalise is None and weights is None and not also
+    if impl == "sdpa" and plain and len(pairs) == 1:
+        return _fused(q, pairs[0][0], pairs[0][1], query, scale, once)
+    keys, visible, sole = _joint(q, pairs, query, once)
+    return _chunked(q, keys, visible, sole, score or Dot(scale), normalise or softmax, weights, also)
+
+
+def _with_axis(keys: Keys) -> Keys:
+    if keys.axis is not None:
+        return keys
+    return keys._replace(axis=Axis(torch.arange(keys.k.shape[2], device=keys.k.device)[None], None))
+
+
+def visible_table(mask: Mask, query: Axis, key: Axis, once: Callable) -> Tensor:
+    """``(B or 1, 1, T, S)`` bool, computed once per forward for all layers with the same mask."""
+    name = ("visible", mask, key.order.data_ptr(), tuple(key.order.shape))
+    return once(name, lambda: mask.visible(query, key)[:, None])
+
+
+def _fused(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: Callable) -> Tensor:
+    T, S = q.shape[2], keys.k.shape[2]
+    one_document = keys.axis.doc is None
+    if one_document and keys.aligned and mask == Causal():
+        if T == S:
+            return _sdpa(q, keys, scale, None, causal=T > 1)
+        if T == 1:
+            return _sdpa(q, keys, scale, None)
+    if keys.aligned and _is_banded(mask, T, S) and (one_document or not mask.sinks()):
+        return _banded(q, keys, mask, query, scale, once)
+    return _sdpa(q, keys, scale, visible_table(mask, query, keys.axis, once))
+
+
+def _banded(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: Callable) -> Tensor:
+    """A run of queries against the keys it can see: linear in T for a window."""
+    outs = []
+    for rows, cols in spans(mask, q.shape[2], keys, BAND_ROWS):
+        part = select(keys, cols)
+        make = lambda rows=rows, part=part: mask.visible(_rows(query, rows), part.axis)[:, None]  # noqa: E731
+        seen = once(("band", mask, rows.start, q.shape[2], keys.k.shape[2]), make)
+        outs.append(_sdpa(q[:, :, rows], part, scale, seen))
+    return torch.cat(outs, dim=2)
+
+
+def _sdpa(q: Tensor, keys: Keys, scale: float, seen: Tensor | None, causal: bool = False) -> Tensor:
+    k, v, width = keys.k, keys.v, keys.v.shape[-1]
+    if keys.k_map is not None or keys.v_map is not None or k.shape[1] != v.shape[1]:
+        k, v = _expand(k, keys.k_map, q.shape[1]), _expand(v, keys.v_map, q.shape[1])
+    if width < k.shape[-1]:
+        v = F.pad(v, (0, k.shape[-1] - width))
+    elif width > k.shape[-1]:
+        q, k = (F.pad(z, (0, width - z.shape[-1])) for z in (q, k))
+    grouped = k.shape[1] != q.shape[1]
+    q, k, v = (z.to(v.dtype) for z in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return o[..., :width]
+
+
+def spans(mask: Mask, T: int, keys: Keys, step: int) -> list[tuple[slice, slice | Tensor | None]]:
+    """Runs of query rows and the keys that each can need (None = all)."""
+    S, runs = keys.k.shape[2], []
+    for first in range(0, T, step):
+        rows = slice(first, min(first + step, T))
+        runs.append((rows, _cols(mask, rows, S - T, keys) if keys.aligned else None))
+    return runs
+
+
+def _cols(mask: Mask, rows: slice, shift: int, keys: Keys) -> slice | Tensor:
+    reach, stop = mask.reach(), rows.stop + shift if mask.causal else keys.k.shape[2]
+    start = 0 if reach is None else max(0, rows.start + shift - reach)
+    sinks = mask.sinks()
+    if not sinks or start <= sinks:
+        return slice(0 if sinks else start, stop)
+    if keys.axis.doc is not None:  # the first tokens of a document may stand anywhere
+        return slice(0, stop)
+    wide = [torch.arange(sinks), torch.arange(start, stop)]
+    return torch.cat(wide).to(keys.k.device)
+
+
+def select(keys: Keys, cols: slice | Tensor | None) -> Keys:
+    """The keys ``cols`` of the key axis."""
+    if cols is None:
+        return keys
+    axis = Axis(keys.axis.order[:, cols], None if keys.axis.doc is None else keys.axis.doc[:, cols])
+    return keys._replace(k=keys.k[:, :, cols], v=keys.v[:, :, cols], axis=axis)
+
+
+def _rows(axis: Axis, rows: slice) -> Axis:
+    return Axis(axis.order[:, rows], None if axis.doc is None else axis.doc[:, rows])
+
+
+def _joint(q: Tensor, pairs: list, query: Axis, once: Callable) -> tuple[Keys, Callable, Mask | None]:
+    """The sets side by side, and what a run of rows sees of chosen columns."""
+    if len(pairs) == 1:
+        keys, mask = pairs[0]
+        return keys, lambda rows, part: mask.visible(_rows(query, rows), part.axis)[:, None], mask
+    H, tables = q.shape[1], [visible_table(m, query, keys.axis, once) for keys, m in pairs]
+    batch = max(t.shape[0] for t in tables)
+    table = torch.cat([t.expand(batch, *t.shape[1:]) for t in tables], dim=-1)
+    k = torch.cat([_expand(keys.k, keys.k_map, H) for keys, _ in pairs], dim=2)
+    v = torch.cat([_expand(keys.v, keys.v_map, H) for keys, _ in pairs], dim=2)
+    joint = _with_axis(Keys(k, v, aligned=False))
+    return joint, lambda rows, part: table[:, :, rows], None
+
+
+def _chunked(
+    q: Tensor, keys: Keys, visible: Callable, mask: Mask | None, score: Score, normalise: Callable,
+    weights: Callable | None, also: tuple[str, ...],
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Query rows in chunks, so that scores never exist for all of T at once."""
+    H, T, S, outs, extra = q.shape[1], q.shape[2], keys.k.shape[2], [], {name: [] for name in also}
+    runs = spans(mask, T, keys, ROWS) if mask else [(slice(a, min(a + ROWS, T)), None) for a in range(0, T, ROWS)]
+    keys = keys._replace(
+        k=keys.k if keys.k_map is None else keys.k[:, keys.k_map], v=keys.v if keys.v_map is None else keys.v[:, keys.v_map]
+    )
+    for rows, cols in runs:
+        part = select(keys, cols)
+        geo = Geo(part, visible(rows, part), rows, cols)
+        s = score(q[:, :, rows], geo)
+        p = normalise(s, geo.visible)
+        if weights is not None:
+            p = weights(p, geo)
+        outs.append(grouped_matmul(p.to(part.v.dtype), part.v))
+        if "lse" in also:
+            extra["lse"].append(s.masked_fill(~geo.visible, float("-inf")).logsumexp(-1))
+        if "p" in also:
+            extra["p"].append(_spread(p, cols, S))
+    o = torch.cat(outs, dim=2)
+    return (o, {name: torch.cat(parts, dim=2) for name, parts in extra.items()}) if also else o
+
+
+def computed_pairs(mask: Mask, T: int, impl: str) -> int:
+    """Query-key pairs that `attention` computes for one document of ``T`` tokens without a cache."""
+    keys = _with_axis(Keys(*(torch.empty(1, 1, T, 1, device="meta"),) * 2, axis=Axis(torch.arange(T)[None], None)))
+    if impl == "sdpa" and not _is_banded(mask, T, T):
+        return mask.pairs(T) if mask == Causal() else T * T
+    total = 0
+    for rows, cols in spans(mask, T, keys, BAND_ROWS if impl == "sdpa" else ROWS):
+        width = T if cols is None else len(range(T)[cols]) if isinstance(cols, slice) else cols.numel()
+        total += (rows.stop - rows.start) * width
+    return total
+
+
+def _is_banded(mask: Mask, T: int, S: int) -> bool:
+    reach = mask.reach()
+    return reach is not None and T > BAND_ROWS and S > 2 * (reach + BAND_ROWS)
+
+
+def _spread(p: Tensor, cols: slice | Tensor | None, S: int) -> Tensor:
+    if cols is None:
+        return p
+    full = p.new_zeros(*p.shape[:-1], S)
+    full[..., cols] = p
+    return full
+
+
+def _expand(z: Tensor, index: Tensor | None, heads: int) -> Tensor:
+    """``(B, G, S, d)`` to one head per query head, consecutive query heads sharing."""
+    if index is not None:
+        return z[:, index]
+    if z.shape[1] == heads:
+        return z
+    return z.repeat_interleave(heads // z.shape[1], dim=1)
+
+
+def grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``(B, H, t, m) @ (B, G, m, n)`` with consecutive heads sharing ``b``: ``(B, H, t, n)``, no copy of ``b``."""
+    B, H, t, m = a.shape
+    G = b.shape[1]
+    if G == H:
+        return a @ b
+    return (a.reshape(B, G, H // G * t, m) @ b).reshape(B, H, t, b.shape[-1])

@@ -1,0 +1,247 @@
+"""The zoo's names: cards, registration, construction."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import walk_packages
+from typing import Any, Literal
+
+from attnzoo import options as opts
+from attnzoo.attention.base import Mixer, Site
+from attnzoo.attention.draft import Draft, Frame, RecurrentFrame, ScoreFrame
+
+TRAITS = ("causal", "prefix_consistent", "row_independent", "decodes", "packs", "trains")
+FRAMES: dict[str, type[Frame]] = {"score": ScoreFrame, "recurrent": RecurrentFrame}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What there is to know about a variant.
+
+    Args:
+        name: registry name. title: in words. paper: title; arxiv: id. family: folder of the zoo.
+        summary: one sentence. cached: what decoding stores.
+        traits: properties that hold (all True unless the mathematics forbids it); see ``TRAITS``.
+        claims: headline claims of the paper with their conditions.
+        small: options under which the mechanism shows at some twenty tokens; the property suite uses them too.
+        no_grad: parameters without gradient -> reason.
+        defaults: every option with its default; filled in by `register`.
+    """
+
+    name: str
+    title: str
+    family: str
+    summary: str
+    paper: str = ""
+    arxiv: str = ""
+    cached: str = "keys and values"
+    traits: Mapping[str, bool] = field(default_factory=dict)
+    claims: tuple[str, ...] = ()
+    small: Mapping[str, Any] = field(default_factory=dict)
+    no_grad: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered variant: its card, its change of a draft, and the frames the change fits (its own first)."""
+
+    card: Card
+    change: Callable[..., None]
+    frames: tuple[str, ...]
+    host: Mapping[str, Any]
+    fixed: Mapping[str, str]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def register(
+    card: Card,
+    *,
+    frames: tuple[str, ...] = ("score",),
+    host: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a variant: a function that edits a `Draft`, its keyword-only parameters being the options.
+
+    Args:
+        card: its description; ``defaults`` are read from the signature.
+        frames: frames that the change fits: "score", "recurrent"; the first is the variant's own.
+        host: options of the frame that the variant presets, e.g. ``{"num_kv_heads": 1}``.
+        fixed: options of the frame that make no sense here -> reason.
+
+    Raises:
+        ValueError: the name is taken, or a trait or option is unknown.
+    """
+    host, fixed = dict(host or {}), dict(fixed or {})
+
+    def add(change: Callable[..., None]) -> Callable[..., None]:
+        known = _entries.get(card.name)
+        if known and known.change.__module__ != change.__module__:
+            raise ValueError(f"register: {card.name!r} is registered by {known.change.__module__}; choose another name")
+        for trait in card.traits:
+            if trait not in TRAITS:
+                raise opts.unknown("traits", trait, TRAITS, card.name)
+        frame = _host_options(frames[0])
+        for name in (*host, *fixed):
+            if name not in frame:
+                raise opts.unknown("option", name, frame, f"frame {frames[0]}")
+        defaults = {n: p.default for n, p in (frame | opts.keyword_options(change)).items() if n not in fixed} | {
+            n: v for n, v in host.items() if n not in fixed
+        }
+        full = replace(card, traits=dict.fromkeys(TRAITS, True) | dict(card.traits), defaults=defaults)
+        _entries[card.name] = Entry(full, change, frames, host, fixed)
+        return change
+
+    return add
+
+
+def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
+    """Builds a mixer.
+
+    Args:
+        name: a registered variant, see `list_variants`.
+        dim: width of the stream; num_heads: query heads.
+        options: of the variant (``card(name).defaults``), and ``add``: variants whose change comes on top; their options
+            are flat where unambiguous, else dotted (``{"moh.shared_heads": 2}``).
+
+    Raises:
+        ValueError: unknown name or option, a value out of its range, or a combination that makes no sense.
+    """
+    entry = _entry(name)
+    _check_size("dim", dim)
+    _check_size("num_heads", num_heads)
+    adds = _added(name, options.pop("add", ()), entry.frames[0])
+    chosen = _sort_options(name, entry, adds, options)
+    host = chosen.pop("")
+    site = Site(host["layer_idx"], host["num_layers"], host["max_seq_len"])
+    frame = FRAMES[entry.frames[0]]
+    draft = Draft(frame, site, dim, num_heads, host=host, current=name)
+    frame.begin(draft, **{k: host[k] for k in opts.keyword_options(frame.begin)})
+    for member in (entry, *adds):
+        draft.current = member.card.name
+        member.change(draft, **chosen[member.card.name])
+    mixer = frame.finish(draft)
+    mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, site
+    mixer.options = {"add": tuple(e.card.name for e in adds)} | host | {
+        k if sum(k in c for c in chosen.values()) == 1 and k not in host else f"{member}.{k}": v
+        for member, values in chosen.items() for k, v in values.items()
+    }
+    return mixer
+
+
+def list_variants(pattern: str = "*", family: str | None = None) -> list[str]:
+    """Registered names that match a glob, sorted; ``family`` filters."""
+    _load()
+    return sorted(n for n, e in _entries.items() if fnmatchcase(n, pattern) and family in (None, e.card.family))
+
+
+def card(name: str) -> Card:
+    """The card of a variant."""
+    return _entry(name).card
+
+
+def equations(name: str) -> str:
+    """Idea, source and equations of a variant: the docstring its file opens with."""
+    return (sys.modules[_entry(name).change.__module__].__doc__ or "").strip()
+
+
+def legal_options(name: str, add: tuple[str, ...] = ()) -> set[str]:
+    """Names of the options that `create` takes for ``name``."""
+    entries = [_entry(n) for n in (name, *add)]
+    return {"add", *entries[0].card.defaults, *(o for e in entries for o in opts.keyword_options(e.change))}
+
+
+def _common(
+    *,
+    impl: Literal["auto", "reference", "sdpa", "flex", "triton", "xformers"] = "auto",
+    layer_idx: int = 0,
+    num_layers: int = 1,
+    max_seq_len: int = 2048,
+) -> None:
+    """Options of every mixer; only their signature is used."""
+
+
+@cache
+def _host_options(frame: str) -> dict[str, Any]:
+    return opts.keyword_options(FRAMES[frame].begin) | opts.keyword_options(_common)
+
+
+def _check_size(field: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field}: must be an integer of at least 1, got {value!r}")
+
+
+def _added(name: str, add: Any, frame: str) -> list[Entry]:
+    names = [add] if isinstance(add, str) else list(add or ())
+    entries = []
+    for other in names:
+        entry = _entry(other)
+        if other == name or names.count(other) > 1:
+            raise ValueError(f"add: {other!r} is already part of the composition; name it once")
+        if frame not in entry.frames:
+            raise ValueError(
+                f"add: {other!r} changes {FRAMES[entry.frames[0]].title}, {name!r} is {FRAMES[frame].title}; "
+                f"its stages have no place there"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _sort_options(name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Checked options per member of the composition, defaults filled in; the frame's under ``""``."""
+    members = {e.card.name: opts.keyword_options(e.change) for e in (entry, *adds)}
+    tables = {"": _host_options(entry.frames[0]), **members}
+    chosen = {member: {k: p.default for k, p in table.items()} for member, table in tables.items()}
+    set_by: dict[str, str] = {}
+    for e in (entry, *adds):
+        for option, value in e.host.items():
+            if option in set_by and chosen[""][option] != value:
+                raise ValueError(f"add: {set_by[option]} and {e.card.name} both preset {option}; leave one of them out")
+            chosen[""][option], set_by[option] = value, e.card.name
+    for key, value in opts.flatten(options, members).items():
+        owner, option = _owner(key, name, tables)
+        if owner == "":
+            for e in (entry, *adds):
+                if option in e.fixed and value != chosen[""][option]:
+                    raise ValueError(f"{option}: {e.fixed[option]}, got {value!r}; leave it out")
+        chosen[owner][option] = opts.check(key, value, tables[owner][option].annotation)
+    return chosen
+
+
+def _owner(key: str, name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    prefix, _, option = key.rpartition(".")
+    if prefix:
+        if prefix not in tables or option not in tables[prefix]:
+            raise opts.unknown("option", key, [f"{m}.{o}" for m, t in tables.items() if m for o in t], name)
+        return prefix, option
+    owners = [member for member, table in tables.items() if key in table]
+    if not owners:
+        raise opts.unknown("option", key, {"add"}.union(*tables.values()), name)
+    if len(owners) > 1:
+        raise ValueError(f"{key}: {' and '.join(owners)} both have it; write {owners[-1]}.{key}")
+    return owners[0], key
+
+
+def _entry(name: str) -> Entry:
+    _load()
+    if name not in _entries:
+        raise opts.unknown("variant", str(name), _entries, "the zoo")
+    return _entries[name]
+
+
+@cache
+def _load() -> None:
+    """Imports the zoo, and variants that other packages announce under ``attnzoo.variants``."""
+    package = import_module("attnzoo.attention")
+    for module in walk_packages(package.__path__, "attnzoo.attention."):
+        import_module(module.name)
+    for point in entry_points(group="attnzoo.variants"):
+        point.load()
