@@ -81,18 +81,18 @@ def register(
         ValueError: the name is taken, or a trait or option is unknown.
     """
     host, fixed = dict(host or {}), dict(fixed or {})
+    for trait in card.traits:
+        if trait not in TRAITS:
+            raise opts.unknown("traits", trait, TRAITS, card.name)
+    frame = _host_options(frames[0])
+    for name in (*host, *fixed):
+        if name not in frame:
+            raise opts.unknown("option", name, frame, f"frame {frames[0]}")
 
     def add(change: Callable[..., None]) -> Callable[..., None]:
         known = _entries.get(card.name)
         if known and known.change.__module__ != change.__module__:
             raise ValueError(f"register: {card.name!r} is registered by {known.change.__module__}; choose another name")
-        for trait in card.traits:
-            if trait not in TRAITS:
-                raise opts.unknown("traits", trait, TRAITS, card.name)
-        frame = _host_options(frames[0])
-        for name in (*host, *fixed):
-            if name not in frame:
-                raise opts.unknown("option", name, frame, f"frame {frames[0]}")
         defaults = {n: p.default for n, p in (frame | opts.keyword_options(change)).items() if n not in fixed} | {
             n: v for n, v in host.items() if n not in fixed
         }

@@ -10,7 +10,8 @@ MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842.
 
 Cached: as the host (a later token may choose any head). The equations are the released code's; ``gate_form: paper``
 leaves out the renormalisation and the factors K, H_s, 2. Gradient class: the gate multiplies the output, the choice
-itself has none. Our choice: half of the heads are shared by default, and half of the others active, as in MoH-LLaMA3.
+itself has none. Our choice: a quarter of the heads is shared by default and three quarters are active, as many as in
+MoH-LLaMA3; with K = 1 the renormalised gate would be constant, and only the balance loss would teach the router.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def moh(
     """Adds the router.
 
     Args:
-        shared_heads: H_s, heads that are always on; default half of them.
-        active_heads: H_s + K, heads on per token; default H_s and half of the others.
+        shared_heads: H_s, heads that are always on; default a quarter.
+        active_heads: H_s + K, heads on per token; default three quarters of all.
         router: learned from x, or the parameter-free norm of the queries.
         gate_form: the released code's gate, or the paper's.
         aux_weight: weight that the balance loss asks for.
@@ -152,11 +153,11 @@ def head_counts(
     H: int, shared_heads: int | None, active_heads: int | None, router: str, allow_dead: bool
 ) -> tuple[int, int]:
     """Shared and active heads of ``H``, checked."""
-    shared = max(1, H // 2) if shared_heads is None else shared_heads
+    shared = max(1, H // 4) if shared_heads is None else shared_heads
     if not 0 <= shared <= H:
         raise ValueError(f"shared_heads: must be in 0..num_heads={H}, got {shared}")
     routed = H - shared
-    active = shared + (routed + 1) // 2 if active_heads is None else active_heads
+    active = max(min(shared + 1, H), shared, 3 * H // 4) if active_heads is None else active_heads
     if not max(1, shared) <= active <= H:
         raise ValueError(f"active_heads: must be in {max(1, shared)}..{H} (it counts the shared heads), got {active}")
     if active == shared and routed and not allow_dead:

@@ -1,0 +1,100 @@
+"""The command line: `attnzoo list | show | train | generate | doctor`. Importing it is light."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NoReturn
+
+USAGE_ERROR, RUN_ERROR = 2, 1
+TRAIN_HELP = "train a model: attnzoo train [group=choice] [key=value] [-m] [--cfg job]"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as a ValueError instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. Mistakes become one line on stderr, without a stack trace.
+
+    ``--traceback`` or the environment's ``ATTNZOO_TRACEBACK=1`` show the stack trace too.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--traceback" in arguments:
+        arguments.remove("--traceback")
+        os.environ["ATTNZOO_TRACEBACK"] = "1"
+    try:
+        if arguments[:1] == ["train"]:
+            return _command("train", "train")(arguments[1:])
+        options = _parser().parse_args(arguments)
+        return options.command(options)
+    except Exception as error:
+        return report(error)
+
+
+def report(error: Exception) -> int:
+    """Print an error as one line; returns the exit code it stands for."""
+    if os.environ.get("ATTNZOO_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    code, text = RUN_ERROR, str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "attnzoo").startswith("attnzoo"):
+        text = f"the package {error.name!r} is not installed; pip install 'attnzoo[train]' brings it"
+    elif isinstance(error, ValueError):
+        code = USAGE_ERROR
+    elif type(error).__name__ != "RunFailed":
+        text = f"{type(error).__name__}: {text}; --traceback shows where"
+    print(f"error: {'; '.join(line.strip() for line in text.splitlines() if line.strip())}", file=sys.stderr)
+    return code
+
+
+def _command(module: str, name: str) -> Callable[..., int]:
+    """A command whose module is imported when it runs."""
+    return lambda *args: getattr(import_module(f"attnzoo.cli.{module}"), name)(*args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="attnzoo", description="Attention variants for language-model pretraining.")
+    parser.add_argument("--traceback", action="store_true", help="show the stack trace of an error")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    listing = commands.add_parser("list", help="names of the variants")
+    listing.add_argument("glob", nargs="?", default="*")
+    listing.add_argument("--family", help="only this family")
+    listing.set_defaults(command=_command("zoo", "list_command"))
+
+    show = commands.add_parser("show", help="card, equations and costs of a variant")
+    show.add_argument("name")
+    show.add_argument("--dim", type=int, default=512)
+    show.add_argument("--num-heads", type=int, default=8)
+    show.add_argument("--seq-len", type=int, default=1024)
+    show.set_defaults(command=_command("zoo", "show_command"))
+
+    commands.add_parser("train", help=TRAIN_HELP, add_help=False)
+
+    generate = commands.add_parser("generate", help="continue prompts with a trained model")
+    generate.add_argument("run", help="a run folder or a checkpoint")
+    generate.add_argument("--prompt", action="append", required=True, help="repeat it for several prompts")
+    generate.add_argument("--max-new-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--stop", action="append", default=[], help="end at this text; may be repeated")
+    generate.set_defaults(command=_command("generate", "generate_command"))
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, and which implementation each variant uses here"
+    )
+    doctor.set_defaults(command=_command("doctor", "doctor_command"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Hydra's command line in this project's terms: free attention options, and its errors in one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from attnzoo.train.settings import nearest
+
+
+def free_attention(overrides: Iterable[str]) -> list[str]:
+    """``attention.x=1`` as ``++attention.x=1``: which options exist is the card's to say, not the tree's."""
+    return [f"++{override}" if override.startswith("attention.") else override for override in overrides]
+
+
+def describe(error: Exception, keys: Iterable[str]) -> str:
+    """Hydra's or OmegaConf's error in one line, with the nearest names.
+
+    Args:
+        keys: the keys and groups of the default configuration.
+    """
+    text = str(error)
+    override = getattr(error, "override", None)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]}: no such key; {nearest(match[1], keys)}"
+    if match := re.search(r"Could not find '(.+)/([^/']+)'", text):
+        group, choice = match[1].strip("/"), match[2]
+        choices = [
+            line.strip()
+            for line in text.partition("Available options in")[2].splitlines()[1:]
+            if line.strip()
+        ]
+        return (
+            f"{group}: no choice {choice!r}; {nearest(choice, choices)}"
+            if choices
+            else f"{group}: no such group"
+        )
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: several values; add -m to run each of them, or write a list as key=[a,b]"
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("See http")]
+    prefix = f"{override}: cannot be read as key=value; " if override else ""
+    return prefix + "; ".join(lines[:2])
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a nested mapping, inner nodes included."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")

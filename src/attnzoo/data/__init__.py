@@ -1,0 +1,24 @@
+"""Text for training: corpora, tokenizers, packing, and samples that are a function of a counter.
+
+>>> corpus = build_data({"name": "stdlib", "seq_len": 256}, {"name": "bytes"}, seed=1)  # doctest: +SKIP
+>>> inputs, labels, segment_ids = targets(corpus.sample(0))                             # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from .corpus import IGNORED, Corpus, TrainStream, ValidationSet, build_data, collate, targets
+from .tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "IGNORED",
+    "ByteTokenizer",
+    "Corpus",
+    "HFTokenizer",
+    "Tokenizer",
+    "TrainStream",
+    "ValidationSet",
+    "build_data",
+    "collate",
+    "load_tokenizer",
+    "targets",
+]

@@ -1,0 +1,141 @@
+"""What the `data` and `tokenizer` groups may say, checked before anything is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Keys that only some corpora read. Set anywhere else they are refused: a silently ignored option misleads.
+_READ_BY = {
+    "path": ("text", "hf"),
+    "field": ("text", "hf"),
+    "errors": ("text",),
+    "subset": ("hf",),
+    "split": ("hf",),
+    "streaming": ("hf",),
+}
+_AT_LEAST_ONE = ("seq_len", "batch_size", "val_samples", "max_documents", "max_bytes")
+_MAY_BE_NULL = ("val_samples", "max_documents", "max_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The `data` group; `configs/data/*.yaml` says what each key means."""
+
+    name: str = "stdlib"
+    path: str | tuple[str, ...] | None = None
+    field: str = "text"
+    errors: str = "strict"
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    max_documents: int | None = None
+    max_bytes: int | None = None
+    seq_len: int = 256
+    batch_size: int = 8
+    isolate: bool = False
+    val_fraction: float = 0.05
+    val_samples: int | None = 256
+    cache_dir: str | None = None
+    num_workers: int = 0
+
+    def __post_init__(self):
+        _one_of("data.name", self.name, ("stdlib", "text", "hf"))
+        _one_of("data.errors", self.errors, ("strict", "replace"))
+        for key, readers in _READ_BY.items():
+            if self.name not in readers and getattr(self, key) != getattr(DataConfig, key):
+                raise ValueError(
+                    f"data.{key}: data={self.name} does not read it, got {getattr(self, key)!r}; "
+                    f"leave it out or use data={' or data='.join(readers)}"
+                )
+        for key in _AT_LEAST_ONE:
+            _whole_number(f"data.{key}", getattr(self, key), 1, null=key in _MAY_BE_NULL)
+        _whole_number("data.num_workers", self.num_workers, 0)
+        for key in ("isolate", "streaming"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"data.{key}: must be true or false, got {getattr(self, key)!r}")
+        if not isinstance(self.val_fraction, float) or not 0 < self.val_fraction < 1:
+            raise ValueError(
+                f"data.val_fraction: must lie strictly between 0 and 1, got {self.val_fraction!r}; "
+                "0.05 holds one twentieth of the text out"
+            )
+        if self.name in _PATH_HELP and not self.path:
+            raise ValueError(
+                f"data.path: data={self.name} needs one, got {self.path!r}; {_PATH_HELP[self.name]}"
+            )
+        if self.name == "hf" and not isinstance(self.path, str):
+            raise ValueError(f"data.path: data=hf takes a single name or folder, got {list(self.path)!r}")
+
+
+_PATH_HELP = {
+    "text": "give a file, a directory, a glob, or a list of these",
+    "hf": "give a dataset's name or a local folder",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The `tokenizer` group; `configs/tokenizer/*.yaml` says what each key means."""
+
+    name: str = "bytes"
+    vocab_size: int | None = None
+    path: str | None = None
+
+    def __post_init__(self):
+        _one_of("tokenizer.name", self.name, ("bytes", "bpe", "saved"))
+        for key, reader in (("vocab_size", "bpe"), ("path", "saved")):
+            value = getattr(self, key)
+            if self.name != reader and value is not None:
+                raise ValueError(
+                    f"tokenizer.{key}: tokenizer={self.name} does not read it, got {value!r}; "
+                    f"leave it out or use tokenizer={reader}"
+                )
+        if self.name == "bpe":
+            why = "256 bytes and the end of document"
+            _whole_number("tokenizer.vocab_size", self.vocab_size, 257, why=why)
+        if self.name == "saved" and not self.path:
+            raise ValueError(
+                f"tokenizer.path: tokenizer=saved needs one, got {self.path!r}; "
+                "give a tokenizer.json or the folder that holds it"
+            )
+
+
+def parse_data(values: Mapping[str, Any]) -> DataConfig:
+    """The checked `data` group. Raises ValueError on an unknown key or an illegal value."""
+    values = _known("data", DataConfig, values)
+    path = values.get("path")
+    if path is not None and not isinstance(path, str):
+        values["path"] = tuple(map(str, path)) if isinstance(path, Sequence) else str(path)
+    return DataConfig(**values)
+
+
+def parse_tokenizer(values: Mapping[str, Any]) -> TokenizerConfig:
+    """The checked `tokenizer` group. Raises ValueError on an unknown key or an illegal value."""
+    return TokenizerConfig(**_known("tokenizer", TokenizerConfig, values))
+
+
+def _known(group: str, schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    legal = [field.name for field in dataclasses.fields(schema)]
+    for key in values:
+        if key not in legal:
+            near = difflib.get_close_matches(str(key), legal, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(legal)}"
+            raise ValueError(f"{group}.{key}: no such key, got {values[key]!r}; {hint}")
+    return dict(values)
+
+
+def _one_of(field: str, value: Any, legal: Sequence[str]) -> None:
+    if value not in legal:
+        raise ValueError(f"{field}: must be one of {', '.join(legal)}, got {value!r}")
+
+
+def _whole_number(field: str, value: Any, least: int, null: bool = False, why: str = "") -> None:
+    if value is None and null:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{field}: must be a whole number of at least {least}{f' ({why})' if why else ''}"
+            f"{' or null' if null else ''}, got {value!r}"
+        )

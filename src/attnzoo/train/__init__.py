@@ -1,0 +1,1 @@
+"""Training: Lightning module, optimisers, schedules, checkpoints, run folder. Importing it is light."""

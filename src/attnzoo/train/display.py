@@ -1,0 +1,76 @@
+"""The progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from attnzoo.train.module import LanguageModule
+
+
+class ProgressDisplay(Callback):
+    """Loss, speed and remaining time.
+
+    Args:
+        seconds: least time between two plain lines; a validation is always shown.
+    """
+
+    def __init__(self, seconds: float = 5.0) -> None:
+        self.seconds = seconds
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LanguageModule) -> None:
+        self._metrics = module.metrics
+        self._first, self._begun = module.fraction, time.monotonic()
+        self._shown = self._begun - self.seconds
+        if trainer.is_global_zero and sys.stdout.isatty():
+            self._bar = Progress(BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+            self._task = self._bar.add_task("first step", total=1.0)
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: Trainer, module: LanguageModule, *args: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        fresh, self._metrics = module.metrics is not self._metrics, module.metrics
+        validated = fresh and "val_bpb" in module.metrics
+        if self._bar:
+            self._bar.update(self._task, completed=module.fraction)
+            if fresh:
+                self._bar.update(self._task, description=self._describe(module))
+            if validated:
+                self._bar.console.print(self._describe(module))
+        elif validated or (fresh and time.monotonic() - self._shown >= self.seconds):
+            self._shown = time.monotonic()
+            print(self._describe(module), flush=True)
+
+    def on_train_end(self, trainer: Trainer, module: LanguageModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, module: LanguageModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _describe(self, module: LanguageModule) -> str:
+        metrics, total = module.metrics, module.plan.total_steps
+        parts = [
+            f"step {metrics['step']}" + (f"/{total}" if total else ""),
+            f"loss {metrics['train_loss']:.3f}",
+        ]
+        if "val_bpb" in metrics:
+            parts.append(f"val {metrics['val_bpb']:.3f} bits/byte")
+        if metrics["tokens_per_second"]:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        gained = module.fraction - self._first
+        if gained > 0:
+            left = (time.monotonic() - self._begun) * (1 - module.fraction) / gained
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        return " · ".join(parts)

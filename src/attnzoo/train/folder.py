@@ -1,0 +1,65 @@
+"""The run folder: one run each, and what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import attnzoo
+from attnzoo.train.checkpoint import FOLDER, find_checkpoint, write_atomic
+from attnzoo.train.hardware import device_name
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", FOLDER)
+PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "datasets", "tokenizers", "triton")
+
+
+def check_folder(folder: Path, resume_from: Path | None) -> None:
+    """Raise a ValueError unless a run may start, or go on from ``resume_from``, in ``folder``."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"hydra.run.dir: {str(folder)!r} is a file; give a folder")
+    if not any((folder / name).exists() for name in RUN_FILES):
+        return
+    if resume_from is None or resume_from.parent.resolve() != (folder / FOLDER).resolve():
+        raise ValueError(
+            f"hydra.run.dir: {str(folder)!r} holds another run; give a new folder, or go on with it by "
+            f"ckpt_path={folder}"
+        )
+    newest = find_checkpoint(folder)
+    if newest.resolve() != resume_from.resolve():
+        raise ValueError(
+            f"hydra.run.dir: {str(folder)!r} is already at {newest.stem}; to go back to {resume_from.stem} "
+            "give a new folder"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that are installed here."""
+    found = {"attnzoo": attnzoo.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(model: nn.Module, device: torch.device, **more: Any) -> dict[str, Any]:
+    """What a result depends on besides the configuration."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "impl": {f"layer {i} {mixer.name}": mixer.impl for i, mixer in enumerate(model.mixers)},
+        **more,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` completely or not at all."""
+    write_atomic(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))

@@ -1,0 +1,216 @@
+"""The Lightning module: one optimiser step of language modelling, counted in steps and tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from attnzoo import Collector
+from attnzoo.train.batches import Batch, batch_fingerprint
+from attnzoo.train.evaluate import Validation, batch_loss
+from attnzoo.train.guard import RunFailed, find_culprit
+from attnzoo.train.metrics import Meter, Progress
+from attnzoo.train.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rate
+from attnzoo.train.settings import OptimSettings, TrainerSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed for the length of a run.
+
+    Args:
+        seed: of the weights, the samples and every random draw.
+        batch_size, seq_len: samples per optimiser step over all ranks, tokens per sample.
+        total_steps: optimiser steps of the whole run, None where only the clock ends it.
+        train_flops: per token, forward and backward, as the chosen implementation runs them.
+    """
+
+    seed: int
+    batch_size: int
+    seq_len: int
+    total_steps: int | None
+    train_flops: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+
+class LanguageModule(pl.LightningModule):
+    """Trains a language model; Lightning brings devices, precision and accumulation.
+
+    The loss of an optimiser step is the sum over the targets of all its micro-batches and ranks, divided by
+    their number. Lightning and its strategies average over micro-batches and ranks, as if all had equally
+    many targets, so `training_step` divides by a constant and `configure_gradient_clipping` puts it right.
+
+    Args:
+        model: the language model; its parameters stay fp32 whatever the precision.
+        resume: the checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainer: TrainerSettings,
+        optim: OptimSettings,
+        plan: Plan,
+        validation: Validation,
+        resume: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.plan, self.validation = model, plan, validation
+        self.settings, self.optim_settings = trainer, optim
+        self.progress = Progress(**resume["progress"]) if resume else Progress()
+        self.metrics: dict[str, float | None] = {}
+        self.status = "failed"  # until the run ends in another way
+        self.stop_requested = False
+        self.meter: Meter | None = None
+        self._resume = resume
+        if trainer.checkpoint_activations:
+            model.run_block = partial(recompute, use_reentrant=False)
+        if trainer.compile:
+            for block in model.blocks:
+                block.compile()
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run is done, by the nearest of its limits."""
+        steps = self.progress.step / self.plan.total_steps if self.plan.total_steps else 0.0
+        clock = self.progress.seconds / self.settings.max_seconds if self.settings.max_seconds else 0.0
+        return min(max(steps, clock), 1.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = build_optimizer(self.model, self.optim_settings)
+        if self._resume:
+            load_named_state(self.model, self.optimizer, self._resume["optimizer"])
+            self._resume = None
+        return self.optimizer
+
+    def checkpoint(self) -> dict[str, Any]:
+        """What a resumed run needs besides its configuration.
+
+        The learning rate, the samples and all random draws are functions of the seed and the step, so neither
+        schedule nor sampler nor generators have a state to keep.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "model_config": dict(self.model.config),
+            "optimizer": named_state(self.model, self.optimizer),
+            "progress": vars(self.progress).copy(),
+        }
+
+    def on_train_start(self) -> None:
+        self._epoch = time.perf_counter() - self.progress.seconds
+        self.meter = Meter(
+            self.plan.tokens_per_step, self.plan.train_flops, self.device, self.trainer.world_size
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        micro = batch_idx % self.settings.accumulate
+        if micro == 0:
+            self._begin_step()
+        self._batches.append(batch)
+        nll, count, auxiliary = self._loss_terms(batch, micro)
+        self._sums += torch.stack([nll.detach(), auxiliary.detach() * count, count]).to(self._sums)
+        return (nll + auxiliary * count) * (
+            self.settings.accumulate * self.trainer.world_size / self.plan.tokens_per_step
+        )
+
+    def _begin_step(self) -> None:
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(3, dtype=wide, device=self.device)
+        self._batches: list[Batch] = []
+        done, total = self.progress.step, self.plan.total_steps
+        if total is None:
+            done, total = self.progress.seconds, self.settings.max_seconds
+        self._lr = set_learning_rate(self.optimizer, lr_factor(self.optim_settings, done, total))
+
+    def _loss_terms(self, batch: Batch, micro: int) -> tuple[Tensor, Tensor, Tensor]:
+        # draws depend on the step, not on what was drawn before, so that a resumed run repeats them
+        seed_draws(f"{self.plan.seed}/{self.progress.step}/{micro}/{self.global_rank}")
+        self._collector = Collector()
+        nll, count = batch_loss(self.model, batch, self._collector)
+        return nll, count, self._collector.total(self.settings.aux_weights)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Make the gradients those of the token-weighted mean, clip them, and stop on what is not finite."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        now = time.perf_counter() - self._epoch
+        sums = torch.cat([self._sums, self._sums.new_tensor([now, float(self.stop_requested)])])
+        if self.trainer.world_size > 1:
+            dist.all_reduce(sums)
+        norm = torch.nn.utils.get_total_norm(grads)
+        # the only wait for the device in a step
+        nll, auxiliary, count, seconds, stop, norm = torch.cat([sums, norm.to(sums)[None]]).tolist()
+        weight = self.plan.tokens_per_step / max(count, 1.0)
+        self._norm = norm * weight
+        if not math.isfinite(nll + auxiliary + self._norm):
+            self._fail("gradient" if math.isfinite(nll + auxiliary) else "loss")
+        if self.settings.grad_clip:
+            weight *= min(1.0, self.settings.grad_clip / (self._norm + 1e-6))
+        if weight != 1.0:
+            torch._foreach_mul_(grads, weight)
+        self.meter.add(nll, auxiliary, count)
+        # ranks must stop together, so they share one clock and every request
+        self._seconds, self._stop = seconds / self.trainer.world_size, stop > 0
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        step = self.progress.step + 1
+        self.progress = Progress(step, self.progress.tokens + self.plan.tokens_per_step, self._seconds)
+        finished = self.fraction == 1.0
+        validate = finished or bool(self.settings.val_every and step % self.settings.val_every == 0)
+        if validate or self._stop or step % self.settings.log_every == 0:
+            self._report(validate)
+        if finished or self._stop:
+            self.status = "completed" if finished else "stopped"
+            self.trainer.should_stop = True
+
+    def _report(self, validate: bool) -> None:
+        metrics = {**vars(self.progress), **self.meter.report(), "lr": self._lr, "grad_norm": self._norm}
+        for name, layers in self._collector.losses.items():
+            metrics[f"aux/{name}"] = sum(value.item() for value, _ in layers.values()) / len(layers)
+        if validate:
+            with self.meter.pause():
+                metrics |= self.validation.run(self.model, self.device, self.autocast)
+        self.metrics = metrics
+        for logger in self.trainer.loggers:
+            logger.log_metrics({k: v for k, v in metrics.items() if v is not None}, step=self.progress.step)
+
+    def autocast(self) -> Any:
+        """The precision of the run, for a forward pass outside `training_step`."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def _fail(self, what: str) -> None:
+        def forward() -> None:
+            for micro, batch in enumerate(self._batches):
+                with self.autocast():
+                    self._loss_terms(batch, micro)
+
+        first, size = self.progress.step * self.plan.batch_size, self.plan.batch_size
+        raise RunFailed(
+            f"step {self.progress.step + 1}: the {what} is not finite, "
+            f"first in {find_culprit(self.model, forward)}; "
+            f"batch {batch_fingerprint(self._batches)}, samples {first} to {first + size - 1}; "
+            "try a smaller optim.lr, or trainer.precision=fp32"
+        )
+
+
+def seed_draws(key: str) -> None:
+    """Seed every generator that a model may draw from, on all devices."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
