@@ -120,7 +120,7 @@ class Memory:
         if not self.ring:
             return self.line.axis()
         if self._starts:
-            return Axis(self.line.order, None)
+            return Axis(self.line.order, None, "rows")
         if self.line.length == 1:
             return self.line.once(("ring", self.cache.retain), lambda: self._ring_axis(after=True))
         return self.line.once(("ring+", self.cache.retain), self._ring_and_new)
@@ -202,14 +202,14 @@ class Memory:
         run = 0
         if after and line.doc is not None:
             run = line.doc[:, -1:]
-        return Axis(order, torch.where(live, run, -1))
+        return Axis(order, torch.where(live, run, -1), ("ring", self.cache.retain))
 
     def _ring_and_new(self) -> Axis:
         line, ring = self.line, self._ring_axis(after=False)
         batch = max(line.order.shape[0], ring.order.shape[0])
         doc = line.doc if line.doc is not None else torch.zeros_like(line.order)
         wide = [z.expand(batch, -1) for z in (ring.order, line.order, ring.doc, doc)]
-        return Axis(torch.cat(wide[:2], dim=1), torch.cat(wide[2:], dim=1))
+        return Axis(torch.cat(wide[:2], dim=1), torch.cat(wide[2:], dim=1), ("ring+", self.cache.retain))
 
     def _ring_rows(self, old: Tensor, new: Tensor) -> Tensor:
         line, (sinks, window) = self.line, self.cache.retain

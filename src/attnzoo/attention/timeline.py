@@ -23,10 +23,12 @@ class Axis(NamedTuple):
     Args:
         order: ``(B or 1, S)`` index of the key within its document.
         doc: ``(B or 1, S)`` document run, -1 for a slot that holds nothing; None when all keys are of one document.
+        tag: names the axis within one forward, so that tables made from it are shared by the layers.
     """
 
     order: Tensor
     doc: Tensor | None
+    tag: Hashable = None
 
 
 @dataclass
@@ -135,20 +137,20 @@ class Timeline:
     def axis(self) -> Axis:
         """The key axis of rows kept in full: cached tokens, then this forward's."""
         if self.clock is None:
-            return Axis(self.order, self.doc)
+            return Axis(self.order, self.doc, "rows")
         return self.once("axis", self._cached_axis)
 
     def _cached_axis(self) -> Axis:
         slots = torch.arange(self.high, device=self.order.device)[None]
         if not self.clock.ragged:
-            return Axis(slots, None)
+            return Axis(slots, None, "rows")
         used, start, base = (z[:, None] for z in (self.clock.used, self.clock.start, self.base))
         place = slots - base
         fresh = (place >= 0) & (place < self.count()[:, None])
         source = place.clamp(0, self.length - 1)
         cached = (slots >= start) & (slots < used) & (base == used)
         doc = torch.where(fresh, self.doc.gather(1, source), torch.where(cached, 0, -1))
-        return Axis(torch.where(fresh, self.order.gather(1, source), slots - start), doc)
+        return Axis(torch.where(fresh, self.order.gather(1, source), slots - start), doc, "rows")
 
     def count(self) -> Tensor:
         """``(B,)`` tokens of this forward that are not padding."""

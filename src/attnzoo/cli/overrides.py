@@ -1,4 +1,4 @@
-"""Hydra's command line in this project's terms: free attention options, and its errors in one line."""
+"""Hydra's command line in this project's terms: what it is given, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 
 from attnzoo.train.settings import nearest
 
+FREE = ("attention.", "trainer.aux_weights=")
 
-def free_attention(overrides: Iterable[str]) -> list[str]:
-    """``attention.x=1`` as ``++attention.x=1``: which options exist is the card's to say, not the tree's."""
-    return [f"++{override}" if override.startswith("attention.") else override for override in overrides]
+
+def order(arguments: Iterable[str]) -> list[str]:
+    """Command-line arguments as Hydra wants them: flags first, then overrides.
+
+    ``attention.x=1`` becomes ``++attention.x=1``: which options exist is the card's to say, not the tree's, and
+    so for the names of auxiliary losses.
+    """
+    flags, overrides = [], []
+    for argument in arguments:
+        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+            flags.append(argument)
+        else:
+            overrides.append(f"++{argument}" if argument.startswith(FREE) else argument)
+    return flags + overrides
 
 
 def describe(error: Exception, keys: Iterable[str]) -> str:
@@ -39,8 +51,9 @@ def describe(error: Exception, keys: Iterable[str]) -> str:
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or write a list as key=[a,b]"
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("See http")]
-    prefix = f"{override}: cannot be read as key=value; " if override else ""
-    return prefix + "; ".join(lines[:2])
+    if override:
+        return f"{override}: cannot be read as key=value; {lines[-1].partition(' expecting')[0]}"
+    return "; ".join(lines[:2])
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -18,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo import list_variants
 from attnzoo.cli import report
-from attnzoo.cli.overrides import describe, flatten, free_attention
-from attnzoo.train.guard import RunFailed
+from attnzoo.cli.overrides import describe, flatten, order
+from attnzoo.train.settings import nearest
 
 INTERRUPTED = 130
 
@@ -40,9 +41,10 @@ def train(arguments: list[str]) -> int:
         with _argv(command_line):  # Lightning starts further ranks with it
             codes.append(_train_one(config))
 
+    _check_flags(arguments)
     _store_variants()
     try:
-        with _argv(["attnzoo train", *free_attention(arguments)]), _raw_errors():
+        with _argv(["attnzoo train", *order(arguments)]), _raw_errors():
             job()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(describe(error, _known_keys())) from error
@@ -50,18 +52,13 @@ def train(arguments: list[str]) -> int:
 
 
 def _train_one(config: DictConfig) -> int:
-    from attnzoo.train.run import execute, prepare, sample
+    from attnzoo.train.prepare import prepare
+    from attnzoo.train.run import execute, sample
 
     try:
         run = prepare(config)
-        print(
-            f"{run.model.config['layout']}: {run.cost.params:,} parameters, "
-            f"{run.cost.train_flops / 1e6:,.1f} MFLOPs and "
-            f"{run.cost.cache_bytes_per_token:,.0f} cache bytes per token",
-            flush=True,
-        )
         summary = execute(run)
-    except (ValueError, RunFailed, ModuleNotFoundError) as error:
+    except Exception as error:
         _remove_empty(Path(config.run_dir))
         return report(error)
     if summary["status"] == "stopped":
@@ -72,6 +69,16 @@ def _train_one(config: DictConfig) -> int:
         print(f"sample: {sample(run)}")
     print(f"run folder: {run.folder}")
     return 0
+
+
+def _check_flags(arguments: list[str]) -> None:
+    """Hydra's own parser leaves the process on an unknown flag, after several lines."""
+    parser = get_args_parser()
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("-") and flag not in known:
+            raise ValueError(f"{flag}: no such flag of attnzoo train; {nearest(flag, known)}")
 
 
 def _remove_empty(folder: Path) -> None:
@@ -85,10 +92,10 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _store_variants() -> None:
-    """Let `attention=` know every registered variant, those of other packages too; a YAML comes first."""
-    store = ConfigStore.instance()
-    for name in list_variants():
-        store.store(group="attention", name=name, node={"name": name})
+    """Let `attention=` know the variants of other packages, which have no YAML in the tree."""
+    shipped = {path.stem for path in (config_folder() / "attention").glob("*.yaml")}
+    for name in set(list_variants()) - shipped:
+        ConfigStore.instance().store(group="attention", name=name, node={"name": name})
 
 
 def _known_keys() -> set[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Keys that only some corpora read. Set anywhere else they are refused: a silently ignored option misleads.
-_READ_BY = {
+READ_BY = {
     "path": ("text", "hf"),
     "field": ("text", "hf"),
     "errors": ("text",),
@@ -44,7 +44,7 @@ class DataConfig:
     def __post_init__(self):
         _one_of("data.name", self.name, ("stdlib", "text", "hf"))
         _one_of("data.errors", self.errors, ("strict", "replace"))
-        for key, readers in _READ_BY.items():
+        for key, readers in READ_BY.items():
             if self.name not in readers and getattr(self, key) != getattr(DataConfig, key):
                 raise ValueError(
                     f"data.{key}: data={self.name} does not read it, got {getattr(self, key)!r}; "

@@ -50,7 +50,7 @@ def plan_split(documents: Iterable[tuple[bytes, int]], fraction: float) -> Split
     room = fraction * sum(sizes.values())
     held_out = set()
     for key in sorted(sizes):
-        if sizes[key] <= room and len(held_out) < len(sizes) - 1:
+        if sizes[key] <= room:
             held_out.add(key)
             room -= sizes[key]
     return Split(frozenset(held_out or {min(sizes, key=lambda key: (sizes[key], key))}))

@@ -122,8 +122,9 @@ def _with_axis(keys: Keys) -> Keys:
 
 def visible_table(mask: Mask, query: Axis, key: Axis, once: Callable) -> Tensor:
     """``(B or 1, 1, T, S)`` bool, computed once per forward for all layers with the same mask."""
-    name = ("visible", mask, key.order.data_ptr(), tuple(key.order.shape))
-    return once(name, lambda: mask.visible(query, key)[:, None])
+    if key.tag is None:
+        return mask.visible(query, key)[:, None]
+    return once(("visible", mask, key.tag), lambda: mask.visible(query, key)[:, None])
 
 
 def _fused(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: Callable) -> Tensor:

@@ -41,7 +41,7 @@ class CounterBatches(Sampler[list[int]]):
         parts = accumulate * world
         if batch_size % parts:
             raise ValueError(
-                f"data.batch_size: must be a multiple of trainer.accumulate x ranks = {parts}, got {batch_size}"
+                f"data.batch_size: must be a multiple of accumulate x ranks = {parts}, got {batch_size}"
             )
         self.first, self.last, self.batch_size = first, last, batch_size
         self.size = batch_size // parts  # of one micro-batch of one rank
@@ -71,7 +71,7 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> Batch:
     """Inputs, targets and documents of some samples of a corpus.
 
     Shape: ``tokens``, ``targets`` and ``segment_ids`` are (B, T); ``target_bytes`` (B,) is the text behind the
-    targets. ``segment_ids`` is None where every row is one document, which spares the mixers their masks.
+    targets. ``segment_ids`` is None where every row is one document: mixers then need no mask.
     """
     stacked = stack(samples)
     tokens, labels, segments = targets(stacked)

@@ -25,6 +25,8 @@ class ProgressDisplay(Callback):
         self._bar: Progress | None = None
 
     def on_train_start(self, trainer: Trainer, module: LanguageModule) -> None:
+        if trainer.is_global_zero:
+            print(_header(trainer, module), flush=True)
         self._metrics = module.metrics
         self._first, self._begun = module.fraction, time.monotonic()
         self._shown = self._begun - self.seconds
@@ -74,3 +76,12 @@ class ProgressDisplay(Callback):
             left = (time.monotonic() - self._begun) * (1 - module.fraction) / gained
             parts.append(f"{timedelta(seconds=round(left))} left")
         return " · ".join(parts)
+
+
+def _header(trainer: Trainer, module: LanguageModule) -> str:
+    plan = module.plan
+    steps = f"{plan.total_steps} steps" if plan.total_steps else f"{module.settings.max_seconds:g} s"
+    return (
+        f"{module.model.config['layout']} · {sum(p.numel() for p in module.model.parameters()):,} parameters · "
+        f"{steps} of {plan.tokens_per_step:,} tokens · {trainer.precision} on {module.device}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -129,21 +130,23 @@ def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, A
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state}
 
 
-def load_named_state(model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """Put back what `named_state` gave; learning rates and the like stay those of ``optimizer``.
-
-    Raises:
-        ValueError: the state belongs to another optimiser or to other parameters.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    kinds = {names[id(p)]: group["kind"] for group in optimizer.param_groups for p in group["params"]}
+def check_named_state(model: nn.Module, settings: OptimSettings, state: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless `load_named_state` can take ``state``."""
+    kinds = {id(p): group["kind"] for group in parameter_groups(model, settings) for p in group["params"]}
+    names = {name: kinds.get(id(p)) for name, p in model.named_parameters()}
     for name, entry in state.items():
-        if name not in kinds or ("exp_avg" in entry) != (kinds[name] == "adamw"):
+        if names.get(name) != ("adamw" if "exp_avg" in entry else "muon"):
             raise ValueError(
                 f"optim.name: the checkpoint's optimiser treats {name!r} otherwise than this run's; "
                 "give the optim.name of the checkpoint, or start a new run with init_from"
             )
+
+
+def load_named_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Put back what `named_state` gave; learning rates and the like stay those of ``optimizer``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     # a state_dict numbers parameters in the order of the groups
     saved = optimizer.state_dict()
-    saved["state"] = {number: state[name] for number, name in enumerate(kinds) if name in state}
+    saved["state"] = {number: state[name] for number, name in enumerate(order) if name in state}
     optimizer.load_state_dict(saved)

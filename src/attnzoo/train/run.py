@@ -1,4 +1,4 @@
-"""One training run: everything is checked first, then the run folder is opened and the model trained."""
+"""A run: the folder is opened, the model trained, the summary written."""
 
 from __future__ import annotations
 
@@ -8,146 +8,24 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from omegaconf import OmegaConf
 
-from attnzoo import Collector, Context, create_model
-from attnzoo.cost import Cost
-from attnzoo.data import Corpus, build_data
 from attnzoo.model import generate
 from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, GracefulStop
-from attnzoo.train.checkpoint import (
-    check_vocabulary,
-    differences,
-    find_checkpoint,
-    load_weights,
-    read_checkpoint,
-)
 from attnzoo.train.evaluate import Validation
-from attnzoo.train.folder import check_folder, environment, versions, write_json
+from attnzoo.train.folder import environment, versions, write_json
 from attnzoo.train.hardware import choose_precision, peak_memory
 from attnzoo.train.logger import forget_after
-from attnzoo.train.module import LanguageModule, Plan, seed_draws
-from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
-
-# options that choose how a model computes, not what
-FREE_ON_RESUME = ("impl",)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A checked run: nothing of it is on disk yet."""
-
-    config: dict[str, Any]
-    folder: Path
-    trainer: TrainerSettings
-    optim: OptimSettings
-    corpus: Corpus
-    model: nn.Module
-    cost: Cost
-    plan: Plan
-    resume: dict[str, Any] | None
-
-
-def prepare(config: DictConfig) -> Run:
-    """Check a configuration and build its data and model, writing nothing.
-
-    Raises:
-        ValueError: the first mistake, in one line that names the field.
-    """
-    plain = OmegaConf.to_container(config, resolve=True)
-    trainer = read_settings("trainer", TrainerSettings, plain["trainer"])
-    optim = read_settings("optim", OptimSettings, plain["optim"] | {"betas": tuple(plain["optim"]["betas"])})
-    seed, seq_len = plain["seed"], plain["data"]["seq_len"]
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: must be a whole number of at least 0, got {seed!r}")
-    folder, field, start = Path(plain["run_dir"]), *_starting_point(plain)
-    if pl.utilities.rank_zero_only.rank == 0:
-        check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
-    checkpoint = read_checkpoint(start, field) if start else None
-    # options are checked on a model without memory, before the data is read
-    _check_model(plain, trainer)
-    corpus = build_data(plain["data"], plain["tokenizer"], seed)
-    seed_draws(f"{seed}/weights")
-    model = create_model(**model_options(plain, corpus.tokenizer.vocab_size))
-    cost = model.cost(seq_len)
-    batch_size = plain["data"]["batch_size"]
-    plan = Plan(seed, batch_size, seq_len, trainer.total_steps(batch_size * seq_len), 3 * cost.executed_flops)
-    if checkpoint:
-        check_vocabulary(corpus.tokenizer, checkpoint, field)
-        load_weights(model, checkpoint, field)
-    resume = checkpoint if field == "ckpt_path" else None
-    run = Run(plain, folder, trainer, optim, corpus, model, cost, plan, resume)
-    if resume:
-        _check_resume(run)
-    return run
-
-
-def model_options(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """Arguments of `create_model`: the `model` group, and the options of the `attention` group."""
-    attention, model = dict(config["attention"]), dict(config["model"])
-    name = attention.pop("name")
-    layout = model.pop("layout") or name
-    return {"layout": layout, "vocab_size": vocab_size, **model, **attention}
-
-
-def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
-    """One forward pass of shapes: layers refuse a length, and name their auxiliary losses, themselves."""
-    collector = Collector()
-    with torch.device("meta"):
-        model = create_model(**model_options(config, vocab_size=256))
-        tokens = torch.zeros(1, config["data"]["seq_len"], dtype=torch.long)
-    try:
-        model(tokens, Context(collector=collector))
-    except (RuntimeError, NotImplementedError):
-        return  # a layer that looks at its data needs some; it speaks up in the first step
-    try:
-        collector.total(trainer.aux_weights)
-    except ValueError as error:
-        raise ValueError(f"trainer.aux_weights: {error}") from None
-
-
-def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:
-    if config["ckpt_path"] and config["init_from"]:
-        raise ValueError(
-            "init_from: excludes ckpt_path, which goes on with a run instead of starting a new one; "
-            f"got {config['init_from']!r} and {config['ckpt_path']!r}"
-        )
-    field = "ckpt_path" if config["ckpt_path"] else "init_from"
-    return field, config[field]
-
-
-def _check_resume(run: Run) -> None:
-    """A resumed run must see the same samples with the same model."""
-    there = run.resume["model_config"] | run.resume["identity"]
-    here = dict(run.model.config) | identity(run)
-    changed = differences(
-        *({k: v for k, v in side.items() if k not in FREE_ON_RESUME} for side in (there, here))
-    )
-    if changed:
-        raise ValueError(f"ckpt_path: a resumed run must not change: {'; '.join(changed)}; or use init_from")
-    done, total = run.resume["progress"]["step"], run.plan.total_steps
-    if total is not None and done >= total:
-        raise ValueError(f"trainer.max_steps: must be over the {done} steps of the checkpoint, got {total}")
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What decides which samples a step sees."""
-    return {
-        "data": run.corpus.fingerprint,
-        "seed": run.plan.seed,
-        "data.batch_size": run.plan.batch_size,
-        "data.seq_len": run.plan.seq_len,
-    }
+from attnzoo.train.module import LanguageModule
+from attnzoo.train.prepare import Run, identity
 
 
 def execute(run: Run) -> dict[str, Any]:
@@ -175,9 +53,15 @@ def execute(run: Run) -> dict[str, Any]:
         trainer.fit(module, train_loader(run.corpus, batches, run.config["data"]["num_workers"]))
     except BaseException as error:
         with suppress(OSError):  # of a full disk, too
-            _close_folder(run, trainer, module, error=str(error) or type(error).__name__)
+            _close_folder(run, trainer, module, error=_reason(error))
         raise
     return _close_folder(run, trainer, module)
+
+
+def _reason(error: BaseException) -> str:
+    # Lightning leaves the process when it is interrupted
+    interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+    return "interrupted" if interrupted else str(error) or type(error).__name__
 
 
 def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
@@ -221,7 +105,10 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
 
 def _instances(group: Mapping[str, Any]) -> list[Any]:
     """The objects that a config group describes; an entry set to null is left out."""
-    return [instantiate(node) for node in group.values() if node is not None]
+    try:
+        return [instantiate(node) for node in group.values() if node is not None]
+    except InstantiationException as error:
+        raise (error.__cause__ or error) from None
 
 
 def _open_folder(run: Run, trainer: pl.Trainer, first: int, precision: str) -> None:

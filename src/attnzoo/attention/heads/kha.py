@@ -108,8 +108,10 @@ def kha(
         raise ValueError(f"targets: must be some of q, k, v, each once, got {list(chosen)}")
 
     def complete(done: Draft) -> None:
-        if kind == "mlp" and getattr(done.slots.get("project"), "late", False):
-            raise ValueError("kind: mlp maps values before the cache, a latent projection has none; set kind=linear")
+        if kind != "linear" and getattr(done.slots.get("project"), "late", False):
+            raise ValueError(
+                f"kind: a latent projection caches no values, only linear fits, got {kind!r}; set kind=linear"
+            )
         done.put("refine", SharedHeadMap(done.shapes(), kind, chosen, decay_shared))
 
     draft.last(complete)

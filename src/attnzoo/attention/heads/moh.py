@@ -143,10 +143,22 @@ def moh(
         raise ValueError(f"aux_weight: must be at least 0, got {aux_weight}")
 
     def complete(done: Draft) -> None:
+        if router == "qnorm":
+            check_queries(done)
         shared, active = head_counts(done.o_heads, shared_heads, active_heads, router, allow_dead)
         done.put("combine", HeadRouter(done, shared, active - shared, router, gate_form, aux_weight))
 
     draft.last(complete)
+
+
+def check_queries(draft: Draft) -> None:
+    """Whether each routed head has one whole query whose norm can be its score."""
+    if getattr(draft.slots.get("project"), "late", False):
+        raise ValueError("router: a latent projection splits its queries, got 'qnorm'; set router=linear")
+    if draft.o_heads != draft.num_heads:
+        raise ValueError(
+            f"router: {draft.o_heads} heads share {draft.num_heads} queries, got 'qnorm'; set router=linear"
+        )
 
 
 def head_counts(

@@ -49,7 +49,7 @@ class Latent(Late, Stage):
         q_in = q_rank or draft.dim
         if q_rank:
             self.q_down = draft.linear("q_down", draft.dim, q_rank)
-            self.q_gain = flag(nn.Parameter(torch.ones(q_rank)), decay=False)
+            self.q_gain = flag(nn.Parameter(torch.ones(q_rank)), decay=False) if norm else None
         self.q_up = draft.linear("q_up", q_in, self.heads * (d_n + d_r))
         self.kv_down = draft.linear("kv_down", draft.dim, rank + d_r)
         self.kv_gain = flag(nn.Parameter(torch.ones(rank)), decay=False) if norm else None
@@ -58,11 +58,14 @@ class Latent(Late, Stage):
     def rows(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """q ``(B, H, T, d_n)``, its rotary part ``(B, H, T, d_r)``, and the rows to cache."""
         d_n, d_r, _ = self.widths
-        c_q = rms_norm(self.q_down(x), self.q_gain, self.eps) if self.q_rank else x
+        c_q = self._normed(self.q_down(x), self.q_gain) if self.q_rank else x
         q, q_rot = self.q_up(c_q).unflatten(-1, (self.heads, d_n + d_r)).transpose(1, 2).split([d_n, d_r], dim=-1)
         c, k_rot = self.kv_down(x)[:, None].split([self.rank, d_r], dim=-1)
-        rows = {"latent": c if self.kv_gain is None else rms_norm(c, self.kv_gain, self.eps)}
+        rows = {"latent": self._normed(c, self.kv_gain)}
         return q, q_rot, rows | ({"k_rope": k_rot} if d_r else {})
+
+    def _normed(self, z: Tensor, gain: Tensor | None) -> Tensor:
+        return z if gain is None else rms_norm(z, gain, self.eps)
 
     def keys(self, rows: dict[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         """Materialised content keys ``(B, H, S, d_n)`` and values ``(B, H, S, d_v)``."""
@@ -143,7 +146,7 @@ def mla(
         kv_lora_rank: d_c; default min(4, H) D / H. q_lora_rank: r_q, 0 = none.
         qk_nope_head_dim, v_head_dim: d_n, d_v; default D / H.
         qk_rope_head_dim: d_r, even; default half of D / H; 0 with pos=none.
-        latent_norm: RMSNorm on the latents. allow_expand: lets d_c reach H (d_n + d_v).
+        latent_norm: RMSNorm on both latents. allow_expand: lets d_c reach H (d_n + d_v).
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: gqa without positions, with d_r = 0, no norm and a block-selecting W_ukv; its own absorbed form.
@@ -164,5 +167,13 @@ def mla(
         raise ValueError(
             f"kv_lora_rank: {rank} does not compress H (d_n + d_v) = {H * (d_n + d_v)}; lower it or set allow_expand=true"
         )
+
+    def unshared(done: Draft) -> None:
+        if done.num_kv_heads != H:
+            raise ValueError(
+                f"num_kv_heads: all heads share one latent, got {done.num_kv_heads} by add; leave one out"
+            )
+
+    draft.last(unshared)
     draft.head_dim, draft.v_head_dim, draft.rotary = d_n, d_v, d_r
     draft.put("project", Latent(draft, (d_n, d_r, d_v), rank, q_lora_rank, latent_norm, draft.host["norm_eps"]))

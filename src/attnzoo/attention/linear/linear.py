@@ -177,6 +177,10 @@ def linear(
         raise ValueError(f"nu: must be at least 1, got {nu}")
 
     def complete(done: Draft) -> None:
+        if "gates" in done.slots:
+            raise ValueError(
+                f"add: linear reads a plain sum, {done.owner['gates']} gates it; leave one of them out"
+            )
         phi = FeatureMap(feature_map, done.shapes(), nu)
         done.put("refine", phi)
         # the projection keeps the head's width, everything after the map sees the features'

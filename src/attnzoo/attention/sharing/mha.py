@@ -33,3 +33,11 @@ def mha(draft: Draft) -> None:
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: itself under a permutation of heads; under RoPE, y does not change when all positions shift.
     """
+
+    def ungrouped(done: Draft) -> None:
+        if done.num_kv_heads != done.num_heads:
+            raise ValueError(
+                f"num_kv_heads: mha has one key/value head per query, got {done.num_kv_heads} by add; use gqa"
+            )
+
+    draft.last(ungrouped)

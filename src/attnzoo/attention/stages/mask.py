@@ -28,7 +28,7 @@ class Mask:
     @property
     def causal(self) -> bool:
         """Whether it hides every later key."""
-        return not bool(self.rule(torch.tensor(0), torch.tensor(1)))
+        return False
 
     def reach(self) -> int | None:
         """Largest distance to a key that is no sink; None = unbounded."""
@@ -84,6 +84,8 @@ def _pairs(mask: Mask, length: int) -> int:
 class Causal(Mask):
     """Keys at or before the query."""
 
+    causal = True
+
     def rule(self, q: Tensor, k: Tensor) -> Tensor:
         return k <= q
 
@@ -127,6 +129,10 @@ class Both(Mask):
     a: Mask
     b: Mask
 
+    @property
+    def causal(self) -> bool:
+        return self.a.causal or self.b.causal
+
     def rule(self, q: Tensor, k: Tensor) -> Tensor:
         return self.a.rule(q, k) & self.b.rule(q, k)
 
@@ -146,6 +152,10 @@ class Either(Mask):
 
     a: Mask
     b: Mask
+
+    @property
+    def causal(self) -> bool:
+        return self.a.causal and self.b.causal
 
     def rule(self, q: Tensor, k: Tensor) -> Tensor:
         return self.a.rule(q, k) | self.b.rule(q, k)

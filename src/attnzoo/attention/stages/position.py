@@ -42,8 +42,8 @@ class Rope(Stage):
     def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
         """``z`` ``(B, heads, T, width)`` at positions ``(B or 1, T)``."""
         work = torch.float64 if z.dtype == torch.float64 else torch.float32
-        name = ("rope", self.width, self.theta, work, pos.data_ptr())
-        cos, sin = call.line.once(name, lambda: self._table(pos, work))
+        name = ("rope", self.width, self.theta, work)
+        cos, sin = call.line.once(name, lambda: self._table(pos, work)) if pos is call.line.pos else self._table(pos, work)
         a, b = z.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
 

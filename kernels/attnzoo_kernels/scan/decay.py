@@ -1,0 +1,192 @@
+"""How a chunked scan cuts time into chunks, and the decay weights and document masks of such a grid.
+
+Tensors are chunk-major, (N,B,H,C,·) for N chunks of C tokens: a loop over chunks then takes contiguous slices.
+G is the sum of log decays from the start of a chunk, the token's own included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnzoo_kernels.scan.functions import DiagonalProducts, Gate
+
+# Below this a decay is exp(g) = 0 in fp64 too; the bound keeps differences of sums finite when g is -inf.
+MIN_LOG_DECAY = -1000.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """T tokens as `count` chunks of `size`, the last one padded."""
+
+    T: int
+    count: int
+    size: int
+
+    @classmethod
+    def of(cls, T: int, chunk_size: int) -> Grid:
+        """Equal chunks of at most chunk_size: 65 tokens make 33 + 32, not 64 and 1 padded to 64."""
+        count = -(-T // chunk_size)
+        return cls(T, count, -(-T // count))
+
+    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,T,H,...) -> contiguous (N,B,H,C,...), padded with zeros at the end."""
+        padding = self.count * self.size - self.T
+        if padding:
+            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+        x = x.unflatten(1, (self.count, self.size)).transpose(0, 1).transpose(2, 3)
+        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+    def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N,B,H,C,V) -> contiguous (B,T,H,V)."""
+        x = x.permute(1, 0, 3, 2, 4).to(dtype, memory_format=torch.contiguous_format)
+        return x.flatten(1, 2)[:, : self.T].contiguous()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which tokens of a grid share a document."""
+
+    pair: Tensor  # (N,B,1,C,C) bool: same document
+    read: Tensor  # (N,B,1,C,1) bool: the token is of the document whose state enters the chunk
+    write: Tensor  # (N,B,1,C,1) bool: the token is of the document of the chunk's last token
+    carry: Tensor  # (N,B,1,1,1) bool: the entering document goes on to the end of the chunk
+
+    @classmethod
+    def of(cls, segments: Tensor, grid: Grid) -> Runs:
+        """From (B,T) run indices; padding belongs to the last run."""
+        tokens = torch.arange(grid.count * grid.size, device=segments.device).clamp(max=grid.T - 1)
+        runs = segments[:, tokens].unflatten(1, (grid.count, grid.size)).transpose(0, 1)  # N,B,C
+        last = runs[..., -1]
+        entering = torch.cat([torch.zeros_like(last[:1]), last[:-1]])  # run 0 owns the initial state
+        return cls(
+            pair=(runs[..., :, None] == runs[..., None, :]).unsqueeze(2),
+            read=(runs == entering[..., None])[:, :, None, :, None],
+            write=(runs == last[..., None])[:, :, None, :, None],
+            carry=(entering == last)[:, :, None, None, None],
+        )
+
+
+def log_decay_sums(g: Tensor, grid: Grid) -> Tensor:
+    """G in fp64, so that a gate near 0 after one of -50 keeps its digits in differences of G.
+
+    Shape: g (H,) -> (N,1,H,C,1), with N = 1 if no chunk is padded; (B,T,H) -> (N,B,H,C,1); (B,T,H,K) -> (N,B,H,C,K).
+    """
+    g = g.clamp(min=MIN_LOG_DECAY)
+    if g.dim() > 1:
+        return grid.split(g if g.dim() == 4 else g.unsqueeze(-1), torch.float64).cumsum(-2)
+    starts = torch.arange(grid.count, device=g.device)[:, None] * grid.size
+    tokens = (starts + torch.arange(1, grid.size + 1, device=g.device)).clamp(max=grid.T) - starts  # N,C
+    if grid.count * grid.size == grid.T:
+        tokens = tokens[:1]
+    return g.double()[:, None, None] * tokens[:, None, None, :, None]
+
+
+class Decay:
+    """Decay weights exp(differences of G) of one grid.
+
+    Weights are constants for autograd; the operands go through `row` (used with exp(G)) or `column` (with exp(-G)),
+    which give G its gradient, and `totals`, G at the end of every chunk, takes the share of the state passes.
+    """
+
+    def __init__(self, sums: Tensor | None, runs: Runs | None, like: Tensor):
+        """`sums` from log_decay_sums, or None without gates; `like` is any split operand (N,B,H,C,·)."""
+        N, B, H, C, _ = like.shape
+        self.runs, self.dtype, self.size = runs, like.dtype, C
+        self.sums = self.totals = self.logs = None
+        if sums is not None:
+            self.sums = sums.to(like.dtype)
+            self.totals = self.sums[..., -1:, :].mT.expand(N, B, H, -1, 1).flatten(1, 2)
+            self.logs = sums.detach() * math.log2(math.e)
+        elif runs is not None:
+            self.logs = like.new_zeros(1, 1, 1, C, 1, dtype=torch.float64)
+        carry = like.new_ones(1, 1, 1, 1, 1)
+        if self.logs is not None:
+            carry = self._weights(self.logs[..., -1:, :].mT, runs and runs.carry)  # a factor per row of the state
+        self.carry = carry.expand(N, B, H, -1, 1).flatten(1, 2)
+
+    def _weights(self, logs: Tensor, mask: Tensor | None) -> Tensor:
+        weights = logs.to(self.dtype).exp2()
+        return weights if mask is None else weights * mask
+
+    def row(self, x: Tensor) -> Tensor:
+        return x if self.sums is None else Gate.apply(x, self.sums, 1)
+
+    def column(self, x: Tensor) -> Tensor:
+        return x if self.sums is None else Gate.apply(x, self.sums, -1)
+
+    def read(self, x: Tensor) -> Tensor:
+        """x exp(G), zero where the token may not read the state that enters the chunk."""
+        return x if self.logs is None else x * self._weights(self.logs, self.runs and self.runs.read)
+
+    def write(self, x: Tensor) -> Tensor:
+        """x exp(G_C - G), zero where the token does not reach the state that leaves the chunk."""
+        if self.logs is None:
+            return x
+        return x * self._weights(self.logs[..., -1:, :] - self.logs, self.runs and self.runs.write)
+
+
+class ScalarDecay(Decay):
+    """One decay per token and head, per head, or none."""
+
+    def __init__(self, sums: Tensor | None, runs: Runs | None, like: Tensor):
+        super().__init__(sums, runs, like)
+        self.pair = None if self.logs is None else self._pair_weights()
+
+    def _pair_weights(self) -> Tensor:
+        """exp(G_r - G_j) for j <= r in one document, else 0; (N,B,H,C,C) or broadcast to it.
+
+        The fp64 difference is taken as that of two working-precision parts: it costs half the memory traffic.
+        """
+        high = self.logs.to(self.dtype)
+        weights = high - high.mT
+        if self.dtype != torch.float64:
+            low = (self.logs - high).to(self.dtype)
+            weights.add_(low).sub_(low.mT)
+        weights = weights.clamp_(max=0).exp2_().tril_()
+        return weights if self.runs is None else weights * self.runs.pair
+
+    def products(self, rows: list[Tensor], columns: list[Tensor]) -> list[list[Tensor]]:
+        """M^{xy} for every x in rows and y in columns, zero for j > r: (N,B,H,C,C) each."""
+        products = [[x @ y.mT for y in columns] for x in rows]
+        for product in sum(products, []):
+            product.tril_() if self.pair is None else product.mul_(self.pair)
+        return products
+
+
+class DiagonalDecay(Decay):
+    """A decay per token, head and state row. `before` selects the sums without the token's own decay."""
+
+    def __init__(self, sums: Tensor, runs: Runs | None, like: Tensor):
+        super().__init__(sums, runs, like)
+        self.logs_before = F.pad(self.logs[..., :-1, :], (0, 0, 1, 0))
+
+    def row_before(self, x: Tensor) -> Tensor:
+        return Gate.apply(x, F.pad(self.sums[..., :-1, :], (0, 0, 1, 0)), 1)
+
+    def read_before(self, x: Tensor) -> Tensor:
+        return x * self._weights(self.logs_before, self.runs and self.runs.read)
+
+    def products(self, rows: list[Tensor], columns: list[Tensor], before: int = 0) -> list[list[Tensor]]:
+        """As ScalarDecay.products; the first `before` rows use the sums without their own decay.
+
+        The product of such a row with its own token is not masked.
+        """
+        size = 1 << (self.size - 1).bit_length()
+        tokens = torch.arange(size, device=self.logs.device).clamp(max=self.size - 1)
+
+        def stack(operands: list[Tensor]) -> Tensor:  # N*B*H,P,len(operands),K
+            return F.pad(torch.stack(operands, -2), (0, 0, 0, 0, 0, size - self.size)).flatten(0, 2)
+
+        logs = [self.logs_before] * before + [self.logs] * (len(rows) - before)
+        logs = logs if before else logs[:1]
+        row_logs, column_logs = (torch.stack(x, -2)[..., tokens, :, :].flatten(0, 2) for x in (logs, [self.logs]))
+        products = DiagonalProducts.apply(stack(rows), stack(columns), row_logs, column_logs)
+        products = products.unflatten(0, rows[0].shape[:3])[..., : self.size, :, : self.size, :]
+        if self.runs is not None:
+            products = products * self.runs.pair[..., None, :, None]
+        return [[products[..., i, :, j] for j in range(len(columns))] for i in range(len(rows))]

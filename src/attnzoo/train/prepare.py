@@ -1,0 +1,145 @@
+"""Before a run: its configuration is checked, its data and model are built, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from attnzoo import Collector, Context, create_model
+from attnzoo.cost import Cost
+from attnzoo.data import Corpus, build_data
+from attnzoo.data.config import parse_data
+from attnzoo.train.checkpoint import (
+    check_vocabulary,
+    differences,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+)
+from attnzoo.train.folder import check_folder
+from attnzoo.train.metrics import Progress
+from attnzoo.train.module import Plan, seed_draws
+from attnzoo.train.optim import check_named_state
+from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
+
+# options that choose how a model computes, not what
+FREE_ON_RESUME = ("impl",)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run: nothing of it is on disk yet."""
+
+    config: dict[str, Any]
+    folder: Path
+    trainer: TrainerSettings
+    optim: OptimSettings
+    corpus: Corpus
+    model: nn.Module
+    cost: Cost
+    plan: Plan
+    resume: dict[str, Any] | None
+
+
+def prepare(config: DictConfig) -> Run:
+    """Check a configuration and build its data and model, writing nothing.
+
+    Raises:
+        ValueError: the first mistake, in one line that names the field.
+    """
+    plain = OmegaConf.to_container(config, resolve=True)
+    trainer = read_settings("trainer", TrainerSettings, plain["trainer"])
+    optim = read_settings("optim", OptimSettings, plain["optim"] | {"betas": tuple(plain["optim"]["betas"])})
+    data, seed = parse_data(plain["data"]), plain["seed"]
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: must be a whole number of at least 0, got {seed!r}")
+    folder, field, start = Path(plain["run_dir"]), *_starting_point(plain)
+    if pl.utilities.rank_zero_only.rank == 0:
+        check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
+    checkpoint = read_checkpoint(start, field) if start else None
+    # options are checked on a model without memory, before the data is read
+    _check_model(plain, trainer)
+    corpus = build_data(plain["data"], plain["tokenizer"], seed)
+    seed_draws(f"{seed}/weights")
+    model = create_model(**model_options(plain, corpus.tokenizer.vocab_size))
+    cost = model.cost(data.seq_len)
+    steps = trainer.total_steps(data.batch_size * data.seq_len)
+    plan = Plan(seed, data.batch_size, data.seq_len, steps, 3 * cost.executed_flops)
+    if checkpoint:
+        check_vocabulary(corpus.tokenizer, checkpoint, field)
+        load_weights(model, checkpoint, field)
+    resume = checkpoint if field == "ckpt_path" else None
+    run = Run(plain, folder, trainer, optim, corpus, model, cost, plan, resume)
+    if resume:
+        _check_resume(run)
+    return run
+
+
+def model_options(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Arguments of `create_model`: the `model` group, and the options of the `attention` group."""
+    attention, model = dict(config["attention"]), dict(config["model"])
+    name = attention.pop("name")
+    layout = model.pop("layout") or name
+    return {"layout": layout, "vocab_size": vocab_size, **model, **attention}
+
+
+def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
+    """One forward pass of shapes: layers refuse a length, and name their auxiliary losses, themselves."""
+    collector = Collector()
+    with torch.device("meta"):
+        model = create_model(**model_options(config, vocab_size=256))
+        tokens = torch.zeros(1, config["data"]["seq_len"], dtype=torch.long)
+    try:
+        model(tokens, Context(collector=collector))
+    except (RuntimeError, NotImplementedError):
+        return  # a layer that looks at its data needs some; it speaks up in the first step
+    try:
+        collector.total(trainer.aux_weights)
+    except ValueError as error:
+        raise ValueError(f"trainer.aux_weights: {error}") from None
+
+
+def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    if config["ckpt_path"] and config["init_from"]:
+        raise ValueError(
+            "init_from: excludes ckpt_path, which goes on with a run instead of starting a new one; "
+            f"got {config['init_from']!r} and {config['ckpt_path']!r}"
+        )
+    field = "ckpt_path" if config["ckpt_path"] else "init_from"
+    return field, config[field]
+
+
+def _check_resume(run: Run) -> None:
+    """A resumed run must see the same samples with the same model."""
+    there = run.resume["model_config"] | run.resume["identity"]
+    here = dict(run.model.config) | identity(run)
+    changed = differences(
+        *({k: v for k, v in side.items() if k not in FREE_ON_RESUME} for side in (there, here))
+    )
+    if changed:
+        raise ValueError(f"ckpt_path: a resumed run must not change: {'; '.join(changed)}; or use init_from")
+    check_named_state(run.model, run.optim, run.resume["optimizer"])
+    done = Progress(**run.resume["progress"])
+    for field, before, limit in (
+        ("max_steps", done.step, run.plan.total_steps),
+        ("max_time", done.seconds, run.trainer.max_seconds),
+    ):
+        if limit is not None and before >= limit:
+            raise ValueError(f"trainer.{field}: the checkpoint is at {before:g}, got {limit:g}; raise it")
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What decides which samples a step sees."""
+    return {
+        "data": run.corpus.fingerprint,
+        "seed": run.plan.seed,
+        "data.batch_size": run.plan.batch_size,
+        "data.seq_len": run.plan.seq_len,
+    }

@@ -1,0 +1,149 @@
+"""Checkpoints are complete or absent, run no code, and say what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.train import checkpoint
+from attnzoo.train.checkpoint import find_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from attnzoo.train.guard import RunFailed
+from runs import train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(folder, "attention=mla", "trainer.max_steps=1")
+    return folder / "run"
+
+
+def content(size: int = 10) -> dict:
+    return {name: {} for name in checkpoint.KEYS} | {"model": {"weight": torch.arange(size)}}
+
+
+def test_a_run_folder_loads_without_lightning(finished: Path) -> None:
+    model, tokenizer = attnzoo.load(finished)
+    assert not model.training and model.config["layout"] == "mla" and tokenizer.vocab_size == 257
+    again, _ = attnzoo.load(finished / "checkpoints" / "step-00000001.pt")
+    tokens = torch.randint(257, (1, 9))
+    assert torch.equal(model(tokens), again(tokens))
+
+
+def test_it_holds_plain_values_only(finished: Path) -> None:
+    loaded = torch.load(find_checkpoint(finished), weights_only=True)
+    assert set(loaded) == {"format", *checkpoint.KEYS}
+    assert loaded["progress"]["step"] == 1 and loaded["identity"]["seed"] == 1
+    assert set(loaded["optimizer"]) == set(loaded["model"])
+
+
+def test_every_name_of_a_checkpoint_finds_it(finished: Path) -> None:
+    file = finished / "checkpoints" / "step-00000001.pt"
+    for path in (finished, finished / "checkpoints", finished / "checkpoints" / "last", file):
+        assert find_checkpoint(path) == file
+    for path, words in ((finished / "nothing", "does not exist"), (finished / "tokenizer", "no complete checkpoint")):
+        with pytest.raises(ValueError, match=f"ckpt_path: .*{words}"):
+            find_checkpoint(path)
+
+
+def test_only_the_newest_are_kept_and_last_names_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, step, content(), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000002.pt", "step-00000010.pt"]
+    assert find_checkpoint(tmp_path).name == "step-00000010.pt"
+
+
+@pytest.mark.parametrize("victim", ["step-00000002.pt", "last"])
+def test_an_interruption_at_any_write_leaves_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    save_checkpoint(tmp_path, 1, content(), keep=1)
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target).name == victim:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, content(), keep=1)
+    assert read_checkpoint(find_checkpoint(tmp_path)) and find_checkpoint(tmp_path).name == "step-00000001.pt"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, content(), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # the kernel then refuses larger files
+    try:
+        with pytest.raises(RunFailed) as caught:
+            save_checkpoint(tmp_path, 2, content(100_000), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in ("step 2", "disk is full", "step-00000001.pt", "ckpt_path"):
+        assert words in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000001.pt"]
+    assert len(read_checkpoint(tmp_path)["model"]["weight"]) == 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_one_is_refused(finished: Path, tmp_path: Path, share: float) -> None:
+    whole = find_checkpoint(finished).read_bytes()
+    file = tmp_path / "step-00000001.pt"
+    file.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match="ckpt_path: .*truncated") as caught:
+        read_checkpoint(file)
+    assert "\n" not in str(caught.value)
+
+
+class Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def test_pickled_code_does_not_run(tmp_path: Path) -> None:
+    torch.save({"format": 1, "model": Evil(tmp_path / "ran")}, tmp_path / "evil.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    torch.save({"something": 1}, tmp_path / "other.pt")
+    for name in ("evil.pt", "raw.pt", "other.pt"):
+        with pytest.raises(ValueError, match="ckpt_path: "):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_architecture_is_described(finished: Path) -> None:
+    loaded = read_checkpoint(finished)
+    wide = attnzoo.create_model("mla", vocab_size=257, dim=32, depth=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"dim is 16 there and 32 here; embed\.weight is \[257, 16\] there"):
+        load_weights(wide, loaded)
+    other = attnzoo.create_model("mha", vocab_size=257, dim=16, depth=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"layout is 'mla' there and 'mha' here; .* only (here|there)") as caught:
+        load_weights(other, loaded, "init_from")
+    assert str(caught.value).startswith("init_from: ") and "\n" not in str(caught.value)
+
+
+def test_a_missing_or_foreign_tokenizer_is_refused(finished: Path, tmp_path: Path) -> None:
+    lone = tmp_path / "run" / "checkpoints" / "step-00000001.pt"
+    lone.parent.mkdir(parents=True)
+    lone.write_bytes(find_checkpoint(finished).read_bytes())
+    with pytest.raises(ValueError, match="checkpoint: .*tokenizer"):
+        attnzoo.load(lone)
+    loaded = copy.deepcopy(read_checkpoint(finished))
+    loaded["tokenizer"] = {"fingerprint": "another", "vocab_size": 300}
+    _, tokenizer = attnzoo.load(finished)
+    with pytest.raises(ValueError, match="vocabulary is another: 300 tokens .* 257"):
+        checkpoint.check_vocabulary(tokenizer, loaded, "ckpt_path")
