@@ -1,8 +1,8 @@
 """What the files of ``golden/`` say, in our words.
 
-They name options and weights as the spec of a variant does: its equations in the papers' letters, with matrices
-for ``x @ W``. `spec_options` translates options, `load_spec_weights` weights. A new variant adds a row to `WEIGHTS`
-for each stage class of its own, and a function to `OPTIONS` where the names of its options differ.
+They name options and weights as the spec of a variant does: its equations in the papers' letters, with
+matrices for ``x @ W``. `spec_options` translates options, `load_spec_weights` weights. A new variant adds to
+`WEIGHTS` a row per stage class of its own, and to `OPTIONS` a function where its options have other names.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ Options = dict[str, Any]
 
 RENAMED = {
     "heads": "num_heads", "n_heads": "num_heads", "kv_heads": "num_kv_heads", "n_kv_heads": "num_kv_heads",
-    "v_heads": "num_v_heads", "max_len": "max_seq_len", "eps": "norm_eps", "rope_base": "rope_theta",
+    "v_heads": "num_v_heads", "max_len": "max_seq_len", "rope_base": "rope_theta",
     "n_layers": "num_layers",
+}
+# options that are a matter of the model or of another method here, at the values that ask for nothing
+INERT = {
+    "rope_mode": ("absolute", "decoupled"), "layer_pattern": (None,), "learned_sink_token": (False,),
+    "windows": (None,),
 }
 
 
 def spec_options(name: str, options: Mapping[str, Any]) -> Options:
     """Keyword arguments of ``create(name, dim, **kwargs)`` from options as the specs spell them."""
     ours = {RENAMED.get(option, option): value for option, value in options.items()}
-    _rope_mode(ours)
-    OPTIONS.get(name, lambda ours: None)(ours)
+    if name in OPTIONS:
+        OPTIONS[name](ours)
+    for option in INERT.keys() & ours.keys():
+        value = ours.pop(option)
+        assert value in INERT[option], f"{option}: {value!r} is not built"
+    if "eps" in ours:
+        ours["norm_eps"] = ours.pop("eps")
     return ours
-
-
-def _rope_mode(ours: Options) -> None:
-    """Ours has one way to rotate: absolute positions, on the decoupled slice where there is one."""
-    mode = ours.pop("rope_mode", None)
-    assert mode in (None, "absolute", "decoupled", "none"), f"rope_mode: {mode!r} is not built"
-    if mode == "none":
-        ours["pos"] = "none"
-        ours.setdefault("qk_rope_head_dim", 0)
 
 
 def _mha(ours: Options) -> None:
@@ -56,17 +57,21 @@ def _mha(ours: Options) -> None:
         ours.pop("num_kv_heads", None)
 
 
+def _mla(ours: Options) -> None:
+    if ours.get("rope_mode") == "none":
+        del ours["rope_mode"]
+        ours |= {"pos": "none", "qk_rope_head_dim": 0}
+
+
 def _linear(ours: Options) -> None:
-    rope = ours.pop("rope", None)
-    assert rope in (None, "none", "numerator"), f"rope: {rope!r} is not built"
-    if rope:
-        ours["pos"] = "rope" if rope == "numerator" else "none"
-    if ours.get("normalize", True) and "norm_eps" in ours:
-        eps = ours.pop("norm_eps")
+    if "rope" in ours:
+        ours["pos"] = {"none": "none", "numerator": "rope"}[ours.pop("rope")]
+    if ours.get("normalize", True) and "eps" in ours:
+        eps = ours.pop("eps")
         assert eps == Normaliser(1, 1, 1).eps, f"eps: the denominator's is fixed, got {eps}"
 
 
-OPTIONS: dict[str, Callable[[Options], None]] = {"linear": _linear, "mha": _mha}
+OPTIONS: dict[str, Callable[[Options], None]] = {"linear": _linear, "mha": _mha, "mla": _mla}
 
 
 class Symbols:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+Maps = Callable[[str, Tensor], Tensor]
 
 
 def rotate(z: Tensor, theta: float | None) -> Tensor:
@@ -37,6 +38,10 @@ def project(x: Tensor, w: Weights, name: str) -> Tensor:
     return x @ w[f"W_{name}"] + w.get(f"b_{name}", 0.0)
 
 
+def out(o: Tensor, w: Weights) -> Tensor:
+    return project(o.flatten(1), w, "o")
+
+
 def causal(T: int, window: int | None = None, sinks: int = 0) -> Tensor:
     seen = torch.zeros(T, T, dtype=torch.bool)
     for i in range(T):
@@ -51,9 +56,6 @@ def softmax_rows(s: Tensor, seen: Tensor) -> Tensor:
         e = (s[i, seen[i]] - s[i, seen[i]].max()).exp()
         p[i, seen[i]] = e / e.sum()
     return p
-
-
-Maps = Callable[[str, Tensor], Tensor]
 
 
 def attend(
@@ -83,10 +85,6 @@ def host(
         q, k = [rms(z, w["gamma_q"]) for z in q], [rms(z, w["gamma_k"]) for z in k]
     q, k = [rotate(z, theta) for z in q], [rotate(z, theta) for z in k]
     return attend(q, k, v, causal(len(x), window, sinks), compose)
-
-
-def out(o: Tensor, w: Weights) -> Tensor:
-    return project(o.flatten(1), w, "o")
 
 
 def mla(x: Tensor, w: Weights, heads: int, d_n: int, d_r: int, norm: bool = True) -> Tensor:
@@ -126,8 +124,7 @@ def composer(
     def token_matrix(c: int, t: int) -> Tensor:
         u = torch.nn.functional.gelu(x[t] @ w["W1"][:, c])
         both = torch.einsum("k,krh->rh", u, w["Q"][c])
-        w1, w2 = rms(both[:rank]), both[rank:]
-        return w1.T @ w2 + torch.diag(torch.tanh(x[t] @ w["W_d"][:, c]))
+        return rms(both[:rank]).T @ both[rank:] + torch.diag(torch.tanh(x[t] @ w["W_d"][:, c]))
 
     def compose(stage: str, a: Tensor) -> Tensor:
         if stage not in stages:
@@ -163,13 +160,15 @@ def moh_gate(x: Tensor, w: Weights, heads: int, shared: int, top: int, form: str
 
 
 def qnorm_gate(q: list[Tensor], shared: int, top: int) -> Tensor:
-    """``(T, H)`` hard gates of the parameter-free router from the queries before position."""
-    gates = torch.zeros(len(q[0]), len(q)).double()
-    for t in range(len(gates)):
+    """``(T, H)`` hard gates from the norms of queries before position, with the gradient of their softmax."""
+    gates = []
+    for t in range(len(q[0])):
         score = torch.stack([z[t].norm() for z in q[shared:]])
-        chosen = (score / score.std()).softmax(0).argsort(descending=True)[:top]
-        gates[t, :shared], gates[t, shared + chosen] = 1.0, 1.0
-    return gates
+        pi = (score / score.std()).softmax(0)
+        hard = torch.zeros_like(pi)
+        hard[pi.argsort(descending=True)[:top]] = 1.0
+        gates.append(torch.cat([torch.ones(shared).double(), hard + pi - pi.detach()]))
+    return torch.stack(gates)
 
 
 def features(z: Tensor, kind: str, w: Weights, side: str, nu: int = 1) -> Tensor:

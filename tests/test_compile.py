@@ -36,8 +36,9 @@ def run(name: str, backend: str, steps: int = 5) -> None:
 
 @pytest.mark.parametrize("name", attnzoo.list_variants())
 def test_traced_blocks_equal_eager_ones(name: str) -> None:
-    run(name, "aot_eager")
+    run(name, "eager")
 
 
-def test_inductor_equals_eager() -> None:
-    run("mla", "inductor")
+@pytest.mark.parametrize("name", ["mla", "linear", "gated_deltanet"])
+def test_generated_code_equals_eager(name: str) -> None:
+    run(name, "inductor")

@@ -141,6 +141,10 @@ def test_moh_by_query_norm(shared: int, active: int) -> None:
         return gate[..., None] * oracles.host(x, w, H, 2)
 
     agree(mixer, w, heads)
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    ours, = torch.autograd.grad(mixer.train()(x[None]).square().sum(), x)
+    expected, = torch.autograd.grad(oracles.out(heads(x), w).square().sum(), x)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_moh_balance_loss() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.attention.base import Mixer
@@ -14,7 +14,12 @@ D, H, T, d = 16, 4, 9, 4
 
 
 def build(name: str, **options: Any) -> Mixer:
-    return attnzoo.create(name, D, H, **options).double().requires_grad_(False)
+    """A mixer whose matrices are large enough for weights far from uniform."""
+    mixer = attnzoo.create(name, D, H, **options).double().requires_grad_(False)
+    for module in mixer.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.mul_(20)
+    return mixer
 
 
 def tokens(*shape: int) -> Tensor:

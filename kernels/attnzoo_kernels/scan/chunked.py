@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.scan.decay import Decay, DiagonalDecay, Grid, Runs, ScalarDecay, log_decay_sums
+from attnzoo_kernels.scan.decay import Decay, DiagonalDecay, Grid, Runs, ScalarDecay, split_gates
 from attnzoo_kernels.scan.functions import Accumulate, Correct
 
 
@@ -43,11 +43,11 @@ def scan_chunked(
     runs = None if segments is None else Runs.of(segments, grid)
     if a is not None:
         g = _as_diagonal(g, k)
-    sums = None if g is None else log_decay_sums(g, grid)
     dtype, out_dtype, initial = state.dtype, v.dtype, state.flatten(0, 1)
+    gates = None if g is None else split_gates(g, grid, dtype)
     q, k, v = (grid.split(x, dtype) for x in (q, k, v))
     diagonal = a is not None or (g is not None and g.dim() == 4)
-    decay = (DiagonalDecay if diagonal else ScalarDecay)(sums, runs, k)
+    decay = (DiagonalDecay if diagonal else ScalarDecay)(gates, runs, k)
 
     q = decay.row(q if scale == 1 else q * scale)
     if a is not None:
@@ -76,7 +76,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, decay: Decay, initial: Tensor) -> tu
 def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, initial: Tensor) -> tuple[Tensor, Tensor]:
     k_row, k = decay.row(k * beta), decay.column(k)
     (overlap,), (scores,) = decay.products([k_row, q], [k])
-    operands = (overlap, v * beta, -decay.read(k_row), decay.write(k))
+    operands = (overlap, v * beta, decay.read(k_row), decay.write(k))
     operands = (x.flatten(1, 2) for x in operands)
     y, states, final = Correct.apply(initial, *operands, None, decay.carry, decay.totals)
     return _read(decay.read(q), states, (scores, y.view_as(v))), final
@@ -85,9 +85,9 @@ def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, initial:
 def _rank_one(
     q: Tensor, k: Tensor, v: Tensor, e: Tensor, a: Tensor, decay: DiagonalDecay, initial: Tensor
 ) -> tuple[Tensor, Tensor]:
-    a, k, e = decay.row_before(a), decay.column(k), decay.column(e)
+    a, k, e = decay.row_before(-a), decay.column(k), decay.column(e)  # with -a the system is I + tril, as in delta
     (a_e, a_k), (q_e, q_k) = decay.products([a, q], [e, k], before=1)
-    operands = (-a_e, a_k.tril(-1) @ v, decay.read_before(a), decay.write(e), decay.write(k).mT @ v)
+    operands = (a_e, a_k.tril(-1) @ -v, decay.read_before(a), decay.write(e), decay.write(k).mT @ v)
     operands = (x.flatten(1, 2) for x in operands)
     y, states, final = Correct.apply(initial, *operands, decay.carry, decay.totals)
     return _read(decay.read(q), states, (q_k, v), (q_e, y.view_as(v))), final

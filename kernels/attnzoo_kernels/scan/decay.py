@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo_kernels.scan.functions import DiagonalProducts, Gate
+from attnzoo_kernels.scan.functions import DecaySums, DiagonalProducts, Gate, doubled_sums
 
 # Below this a decay is exp(g) = 0 in fp64 too; the bound keeps differences of sums finite when g is -inf.
 MIN_LOG_DECAY = -1000.0
@@ -71,42 +71,35 @@ class Runs:
         )
 
 
-def log_decay_sums(g: Tensor, grid: Grid) -> Tensor:
-    """G in fp64, so that a gate near 0 after one of -50 keeps its digits in differences of G.
-
-    Shape: g (H,) -> (N,1,H,C,1), with N = 1 if no chunk is padded; (B,T,H) -> (N,B,H,C,1); (B,T,H,K) -> (N,B,H,C,K).
-    """
-    g = g.clamp(min=MIN_LOG_DECAY)
+def split_gates(g: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Per-token gates of a grid: (B,T,H) -> (N,B,H,C,1); (B,T,H,K) -> (N,B,H,C,K); (H,) -> (1,1,H,C,1), or
+    (N,1,H,C,1) if the last chunk is padded, zero there."""
     if g.dim() > 1:
-        return grid.split(g if g.dim() == 4 else g.unsqueeze(-1), torch.float64).cumsum(-2)
-    starts = torch.arange(grid.count, device=g.device)[:, None] * grid.size
-    tokens = (starts + torch.arange(1, grid.size + 1, device=g.device)).clamp(max=grid.T) - starts  # N,C
+        return grid.split(g if g.dim() == 4 else g.unsqueeze(-1), dtype)
+    token = torch.arange(grid.count * grid.size, device=g.device).view(grid.count, 1, 1, grid.size, 1)
     if grid.count * grid.size == grid.T:
-        tokens = tokens[:1]
-    return g.double()[:, None, None] * tokens[:, None, None, :, None]
+        token = token[:1]
+    return g.to(dtype)[:, None, None] * (token < grid.T)
 
 
 class Decay:
-    """Decay weights exp(differences of G) of one grid.
+    """Decay weights exp(differences of G) of one grid: what the scalar and the diagonal gates share.
 
     Weights are constants for autograd; the operands go through `row` (used with exp(G)) or `column` (with exp(-G)),
     which give G its gradient, and `totals`, G at the end of every chunk, takes the share of the state passes.
     """
 
-    def __init__(self, sums: Tensor | None, runs: Runs | None, like: Tensor):
-        """`sums` from log_decay_sums, or None without gates; `like` is any split operand (N,B,H,C,·)."""
-        N, B, H, C, _ = like.shape
-        self.runs, self.dtype, self.size = runs, like.dtype, C
-        self.sums = self.totals = self.logs = None
-        if sums is not None:
-            self.sums = sums.to(like.dtype)
-            self.totals = self.sums[..., -1:, :].mT.expand(N, B, H, -1, 1).flatten(1, 2)
-            self.logs = sums.detach() * math.log2(math.e)
-        elif runs is not None:
-            self.logs = like.new_zeros(1, 1, 1, C, 1, dtype=torch.float64)
-        carry = like.new_ones(1, 1, 1, 1, 1)
-        if self.logs is not None:
-            carry = self._weights(self.logs[..., -1:, :].mT, runs and runs.carry)  # a factor per row of the state
+    def __init__(self, gates: Tensor | None, upto: Tensor | None, after: Tensor | None, runs: Runs | None, k: Tensor):
+        """`upto` and `after` are G and G_C - G in log2, (·,·,H,C,1 or K), or None; k (N,B,H,C,K)."""
+        self.upto, self.after, self.runs, self.dtype = upto, after, runs, k.dtype
+        N, B, H, C, _ = k.shape
+        self.sums = self.totals = None
+        if gates is not None:
+            self.sums, totals = DecaySums.apply(gates)
+            self.totals = totals.mT.expand(N, B, H, -1, 1).flatten(1, 2)
+        carry = k.new_ones(1, 1, 1, 1, 1)
+        if upto is not None:
+            carry = self._weights(upto[..., -1:, :].mT, runs and runs.carry)  # a factor per row of the state
         self.carry = carry.expand(N, B, H, -1, 1).flatten(1, 2)
 
     def _weights(self, logs: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,31 +114,36 @@ class Decay:
 
     def read(self, x: Tensor) -> Tensor:
         """x exp(G), zero where the token may not read the state that enters the chunk."""
-        return x if self.logs is None else x * self._weights(self.logs, self.runs and self.runs.read)
+        return x if self.upto is None else x * self._weights(self.upto, self.runs and self.runs.read)
 
     def write(self, x: Tensor) -> Tensor:
         """x exp(G_C - G), zero where the token does not reach the state that leaves the chunk."""
-        if self.logs is None:
-            return x
-        return x * self._weights(self.logs[..., -1:, :] - self.logs, self.runs and self.runs.write)
+        return x if self.after is None else x * self._weights(self.after, self.runs and self.runs.write)
 
 
 class ScalarDecay(Decay):
     """One decay per token and head, per head, or none."""
 
-    def __init__(self, sums: Tensor | None, runs: Runs | None, like: Tensor):
-        super().__init__(sums, runs, like)
-        self.pair = None if self.logs is None else self._pair_weights()
+    def __init__(self, gates: Tensor | None, runs: Runs | None, k: Tensor):
+        logs = None
+        if gates is not None:
+            # In fp64 a gate near 0 that follows one of -50 keeps its digits in the differences.
+            logs = gates.detach().double().clamp(min=MIN_LOG_DECAY).cumsum(-2) * math.log2(math.e)
+        elif runs is not None:
+            logs = k.new_zeros(1, 1, 1, k.shape[3], 1, dtype=torch.float64)
+        after = None if logs is None else logs[..., -1:, :] - logs
+        super().__init__(gates, logs, after, runs, k)
+        self.pair = None if logs is None else self._pair_weights(logs)
 
-    def _pair_weights(self) -> Tensor:
+    def _pair_weights(self, logs: Tensor) -> Tensor:
         """exp(G_r - G_j) for j <= r in one document, else 0; (N,B,H,C,C) or broadcast to it.
 
         The fp64 difference is taken as that of two working-precision parts: it costs half the memory traffic.
         """
-        high = self.logs.to(self.dtype)
+        high = logs.to(self.dtype)
         weights = high - high.mT
         if self.dtype != torch.float64:
-            low = (self.logs - high).to(self.dtype)
+            low = (logs - high).to(self.dtype)
             weights.add_(low).sub_(low.mT)
         weights = weights.clamp_(max=0).exp2_().tril_()
         return weights if self.runs is None else weights * self.runs.pair
@@ -153,40 +151,41 @@ class ScalarDecay(Decay):
     def products(self, rows: list[Tensor], columns: list[Tensor]) -> list[list[Tensor]]:
         """M^{xy} for every x in rows and y in columns, zero for j > r: (N,B,H,C,C) each."""
         products = [[x @ y.mT for y in columns] for x in rows]
-        for product in sum(products, []):
-            product.tril_() if self.pair is None else product.mul_(self.pair)
+        for matrix in sum(products, []):
+            matrix.tril_() if self.pair is None else matrix.mul_(self.pair)
         return products
 
 
 class DiagonalDecay(Decay):
-    """A decay per token, head and state row. `before` selects the sums without the token's own decay."""
+    """A decay per token, head and row of the state. `before` means without the token's own decay."""
 
-    def __init__(self, sums: Tensor, runs: Runs | None, like: Tensor):
-        super().__init__(sums, runs, like)
-        self.logs_before = F.pad(self.logs[..., :-1, :], (0, 0, 1, 0))
+    def __init__(self, gates: Tensor, runs: Runs | None, k: Tensor):
+        N, B, H, self.size, _ = k.shape
+        steps = gates.detach().clamp(min=MIN_LOG_DECAY) * math.log2(math.e)
+        self.steps = self._to_blocks(steps)
+        *_, (_, *sums) = doubled_sums(self.steps)
+        upto, self.before, after = (x.unflatten(0, (N, B, H))[..., : self.size, :] for x in sums)
+        super().__init__(gates, upto, after, runs, k)
+
+    def _to_blocks(self, x: Tensor) -> Tensor:
+        """(N,B,H,C,K) -> (NBH,P,K), P the next power of two, padded with zeros."""
+        padding = (1 << (self.size - 1).bit_length()) - self.size
+        return (F.pad(x, (0, 0, 0, padding)) if padding else x).flatten(0, 2)
 
     def row_before(self, x: Tensor) -> Tensor:
         return Gate.apply(x, F.pad(self.sums[..., :-1, :], (0, 0, 1, 0)), 1)
 
     def read_before(self, x: Tensor) -> Tensor:
-        return x * self._weights(self.logs_before, self.runs and self.runs.read)
+        return x * self._weights(self.before, self.runs and self.runs.read)
 
     def products(self, rows: list[Tensor], columns: list[Tensor], before: int = 0) -> list[list[Tensor]]:
-        """As ScalarDecay.products; the first `before` rows use the sums without their own decay.
+        """As ScalarDecay.products; the first `before` rows go without their own decay.
 
         The product of such a row with its own token is not masked.
         """
-        size = 1 << (self.size - 1).bit_length()
-        tokens = torch.arange(size, device=self.logs.device).clamp(max=self.size - 1)
-
-        def stack(operands: list[Tensor]) -> Tensor:  # N*B*H,P,len(operands),K
-            return F.pad(torch.stack(operands, -2), (0, 0, 0, 0, 0, size - self.size)).flatten(0, 2)
-
-        logs = [self.logs_before] * before + [self.logs] * (len(rows) - before)
-        logs = logs if before else logs[:1]
-        row_logs, column_logs = (torch.stack(x, -2)[..., tokens, :, :].flatten(0, 2) for x in (logs, [self.logs]))
-        products = DiagonalProducts.apply(stack(rows), stack(columns), row_logs, column_logs)
-        products = products.unflatten(0, rows[0].shape[:3])[..., : self.size, :, : self.size, :]
+        operands = [self._to_blocks(x) for x in (*rows, *columns)]
+        matrices = DiagonalProducts.apply(self.steps, len(rows), before, *operands)
+        matrices = [x.unflatten(0, rows[0].shape[:3])[..., : self.size, : self.size] for x in matrices]
         if self.runs is not None:
-            products = products * self.runs.pair[..., None, :, None]
-        return [[products[..., i, :, j] for j in range(len(columns))] for i in range(len(rows))]
+            matrices = [x * self.runs.pair for x in matrices]
+        return [matrices[i * len(columns) : (i + 1) * len(columns)] for i in range(len(rows))]

@@ -55,7 +55,7 @@ def _visible(kind: str, C: int, width: int) -> int:
 def _products(kind: str, C: int, K: int, V: int) -> int:
     """Products of one chunk that do not touch the state."""
     P = 1 << (C - 1).bit_length()  # halving and merging work on a power of two
-    square, halved = 2 * C * C * K, P * (P + 1) * K  # one score matrix under a scalar and under a diagonal decay
+    square, halved = 2 * C * C * K, P * (P - 1) * K  # one score matrix under a scalar and under a diagonal decay
     inverse = 2 * P * (P * P - 4) // 3 if P > 1 else 0  # two products per pair of blocks of 2, 4, ... P/2 rows
     use = 2 * C * C * V
     return {

@@ -6,16 +6,35 @@ Each is differentiable once; a second derivative raises (use the recurrent form 
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+class DecaySums(torch.autograd.Function):
+    """Stand-ins for G_r = g_1 + ... + g_r in a chunk, and for its last row, that only carry gradients.
+
+    The weights exp(differences of G) are constants for autograd; their users hand G's gradient in by `Gate` and by
+    the state passes, and this sums it up to that of g (..., C, K) -> (..., C, K), (..., 1, K).
+    """
+
+    @staticmethod
+    def forward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g.view_as(g), g[..., -1:, :].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsums: Tensor, dtotals: Tensor) -> Tensor:
+        return dsums.flip(-2).cumsum(-2).flip(-2).add_(dtotals)
+
+
 class Gate(torch.autograd.Function):
     """Mark `x` (N,B,H,C,K) as an operand that is used only as x * exp(sign * G), with constant weights.
 
-    `sums` is G, of a shape that broadcasts to x; its value is not read: it receives sign * x * dx.
+    `sums` stands for G and broadcasts to x; it receives sign * x * dx.
     """
 
     @staticmethod
@@ -31,10 +50,34 @@ class Gate(torch.autograd.Function):
         return dx, (x * dx).sum_to_size(ctx.shape).mul_(ctx.sign), None
 
 
-def _blocks(matrix: Tensor, count: int, row: int, column: int) -> Tensor:
-    """View (X,R,L) as the (row, column) quarter of each of `count` blocks on its diagonal: (X,count,R/2count,L/2count)."""
-    X, R, L = matrix.shape
-    view = matrix.view(X, count, 2, R // count // 2, count, 2, L // count // 2)
+def doubled_sums(steps: Tensor):
+    """Sums of `steps` (X,P,K) along time inside blocks of 1, 2, 4 ... P = 2^n tokens; updated in place.
+
+    Yields (block size, sum from the block's start up to the token, the same before the token's own step, sum from
+    after the token to the block's end). Nothing is subtracted, so nothing cancels.
+    """
+    upto, before, after = steps.clone(), torch.zeros_like(steps), torch.zeros_like(steps)
+    size, P = 1, steps.shape[1]
+    yield size, upto, before, after
+    while size < P:
+        left, right = _half(upto, size, 0)[:, :, -1:], _half(upto, size, 1)
+        _half(after, size, 0).add_(right[:, :, -1:])
+        _half(before, size, 1).add_(left)
+        right.add_(left)
+        size *= 2
+        yield size, upto, before, after
+
+
+def _half(x: Tensor, size: int, side: int) -> Tensor:
+    """View (X,P,K) as the left (0) or right (1) block of each pair of blocks: (X,P/2size,size,K)."""
+    return x.unflatten(1, (-1, 2, size))[:, :, side]
+
+
+def _corners(matrix: Tensor, size: int, row: int = 1, column: int = 0) -> Tensor:
+    """View (X,P,P) as one quarter of each diagonal block of 2*size rows, by default the lower left:
+    (X,P/2size,size,size)."""
+    X, P, _ = matrix.shape
+    view = matrix.view(X, P // (2 * size), 2, size, P // (2 * size), 2, size)
     return view[:, :, row, :, :, column].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
@@ -49,70 +92,84 @@ def unit_lower_inverse(matrix: Tensor) -> Tensor:
     lower = (matrix if P == C else F.pad(matrix, (0, P - C, 0, P - C))).reshape(-1, P, P)
     inverse = torch.zeros_like(lower)
     inverse.diagonal(dim1=1, dim2=2).fill_(1)
-    count = P // 2
-    while count:
-        corner = _blocks(lower, count, 1, 0)
-        if count < P // 2:  # single rows are their own inverse
-            corner = _blocks(inverse, count, 1, 1) @ (corner @ _blocks(inverse, count, 0, 0))
-        torch.neg(corner, out=_blocks(inverse, count, 1, 0))
-        count //= 2
+    size = 1
+    while size < P:
+        corner = _corners(lower, size)
+        if size > 1:  # single rows are their own inverse
+            corner = _corners(inverse, size, 1, 1) @ (corner @ _corners(inverse, size, 0, 0))
+        torch.neg(corner, out=_corners(inverse, size))
+        size *= 2
     return inverse.view(*matrix.shape[:-2], P, P)[..., :C, :C]
 
 
 class DiagonalProducts(torch.autograd.Function):
-    """M_{ri,jl} = sum_k row_{r,i,k} col_{j,l,k} exp2(row_log_{r,i,k} - col_log_{j,k}) for j <= r, zero for j > r.
+    """M^{xy}_{rj} = sum_k x_{r,k} y_{j,k} exp(G_{r,k} - G_{j,k}) for j <= r, else 0; x over rows, y over columns.
 
-    Chunks of P = 2^n tokens are halved down to single tokens. Between the halves of a block the decay splits at the
-    sum of the last token on the left, so that both exponents are <= 0; this computes exactly the visible pairs.
-    A token's product with itself carries no decay: a caller whose rows must not see their own token masks it.
+    Blocks of P = 2^n tokens are doubled up from single tokens. Between the halves of a block the decay splits into
+    that from the middle to the row and that from the column to the middle: both exponents are <= 0, and exactly the
+    pairs j < r are multiplied. A token's product with itself carries no decay.
 
-    Shape: rows (X,P,R,K), cols (X,P,L,K), row_logs (X,P,R,K) or (X,P,1,K), col_logs (X,P,1,K) -> (X,P,R,P,L).
-    The sums of log decays are constants here; `Gate` gives their gradient.
+    Shape: steps (X,P,K) log2 decays, constants here (`Gate` gives G its gradient); operands (X,P,K): `rows` row
+    operands, of which the first `before` leave out the row's own decay, then the columns -> a tuple of (X,P,P): the
+    first row operand with every column, the second ...
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, cols: Tensor, row_logs: Tensor, col_logs: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, cols, row_logs, col_logs)
-        (X, P, R, K), L = rows.shape, cols.shape[2]
-        out = rows.new_zeros(X, P * R, P * L)
-        own = out.view(X, P, R, P, L).diagonal(dim1=1, dim2=3)  # X,R,L,P
-        own.copy_((rows @ cols.mT).permute(0, 2, 3, 1))
-        for count, row_weight, col_weight in _halvings(row_logs, col_logs, rows.dtype):
-            left = (_half(cols, count, 0) * col_weight).flatten(2, 3)  # X,count,(P/2count)*L,K
-            right = (_half(rows, count, 1) * row_weight).flatten(2, 3)
-            _blocks(out, count, 1, 0).copy_(right @ left.mT)
-        return out.view(X, P, R, P, L)
+    def forward(ctx, steps: Tensor, rows: int, before: int, *operands: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(steps, *operands)
+        ctx.rows, ctx.before = rows, before
+        x, y = operands[:rows], operands[rows:]
+        out = [steps.new_zeros(*steps.shape[:2], steps.shape[1]) for _ in range(len(x) * len(y))]
+        for matrix, (row, column) in zip(out, product(x, y)):
+            matrix.diagonal(dim1=1, dim2=2).copy_((row * column).sum(-1))
+        for size, right, left, _, _ in _levels(steps, x, y, before):
+            blocks = (right @ left.mT).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+            for matrix, block in zip(out, _each(blocks)):
+                _corners(matrix, size).copy_(block)
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        rows, cols, row_logs, col_logs = ctx.saved_tensors
-        (X, P, R, K), L = rows.shape, cols.shape[2]
-        own = dout.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # X,P,R,L
-        drows, dcols = own @ cols, own.mT @ rows
-        dout = dout.reshape(X, P * R, P * L)
-        for count, row_weight, col_weight in _halvings(row_logs, col_logs, rows.dtype):
-            left, right = _half(cols, count, 0) * col_weight, _half(rows, count, 1) * row_weight
-            dblock = _blocks(dout, count, 1, 0)
-            _half(drows, count, 1).addcmul_((dblock @ left.flatten(2, 3)).view_as(right), row_weight)
-            _half(dcols, count, 0).addcmul_((dblock.mT @ right.flatten(2, 3)).view_as(left), col_weight)
-        return drows, dcols, None, None
+    def backward(ctx, *dout: Tensor) -> tuple[Tensor | None, ...]:
+        steps, *operands = ctx.saved_tensors
+        x, y = operands[: ctx.rows], operands[ctx.rows :]
+        dx, dy = [torch.zeros_like(z) for z in x], [torch.zeros_like(z) for z in y]
+        for dmatrix, (row, column), (drow, dcolumn) in zip(dout, product(x, y), product(dx, dy)):
+            own = dmatrix.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            drow.addcmul_(own, column)
+            dcolumn.addcmul_(own, row)
+        for size, right, left, right_weights, left_weight in _levels(steps, x, y, ctx.before):
+            dblocks = steps.new_empty(*left.shape[:2], len(x), size, len(y), size)
+            for dmatrix, dblock in zip(dout, _each(dblocks)):
+                dblock.copy_(_corners(dmatrix, size))
+            dblocks = dblocks.flatten(4).flatten(2, 3)
+            dright, dleft = (dblocks @ left).split(size, 2), (dblocks.mT @ right).split(size, 2)
+            for drow, part, weight in zip(dx, dright, right_weights):
+                _half(drow, size, 1).addcmul_(part, weight)
+            for dcolumn, part in zip(dy, dleft):
+                _half(dcolumn, size, 0).addcmul_(part, left_weight)
+        return None, None, None, *dx, *dy
 
 
-def _half(x: Tensor, count: int, side: int) -> Tensor:
-    """View (X,P,·,K) as the left (0) or right (1) half of each of `count` blocks: (X,count,P/2count,·,K)."""
-    return x.unflatten(1, (count, 2, -1))[:, :, side]
+def _each(blocks: Tensor):
+    """The (X,count,size,size) views of (X,count,rows,size,columns,size), in the order of the products."""
+    return (block for row in blocks.unbind(2) for block in row.unbind(3))
 
 
-def _halvings(row_logs: Tensor, col_logs: Tensor, dtype: torch.dtype):
-    """Yield (number of blocks, weights of the rows in right halves, weights of the columns in left halves)."""
-    count = col_logs.shape[1] // 2
-    while count:
-        anchor = _half(col_logs, count, 0)[:, :, -1:]
-        row_weight = (_half(row_logs, count, 1) - anchor).to(dtype).exp2_()
-        col_weight = (anchor - _half(col_logs, count, 0)).to(dtype).exp2_()
-        yield count, row_weight, col_weight
-        count //= 2
+def _levels(steps: Tensor, x: list[Tensor], y: list[Tensor], before: int):
+    """Yield for every pair of blocks of `size` tokens the weighted rows on its right and columns on its left,
+    (X,count,operands*size,K), and their weights."""
+    for size, upto, upto_before, after in doubled_sums(steps):
+        if size == steps.shape[1]:
+            return
+        weight = _half(upto, size, 1).exp2()
+        weights = [weight] * len(x)
+        if before:
+            weights[:before] = [_half(upto_before, size, 1).exp2()] * before
+        left_weight = _half(after, size, 0).exp2()
+        right = torch.cat([_half(row, size, 1) * w for row, w in zip(x, weights)], 2)
+        left = torch.cat([_half(column, size, 0) * left_weight for column in y], 2)
+        yield size, right, left, weights, left_weight
 
 
 class Accumulate(torch.autograd.Function):
@@ -145,7 +202,7 @@ class Accumulate(torch.autograd.Function):
 class Correct(torch.autograd.Function):
     """States and corrections of the delta and rank-1 classes, with X_n = (I + tril(matrix_n, -1))^-1.
 
-    y_n = X_n (right_n + reads_n S_n),  S_{n+1} = carry_n S_n + writes_n + removals_n^T y_n
+    y_n = X_n (right_n - reads_n S_n),  S_{n+1} = carry_n S_n + writes_n + removals_n^T y_n
 
     Shape: initial (X,K,V); matrix (N,X,C,C), of which only the part below the diagonal is read; right (N,X,C,V);
     reads, removals (N,X,C,K); writes (N,X,K,V) or None; carry, totals as in `Accumulate`
@@ -159,7 +216,7 @@ class Correct(torch.autograd.Function):
         states = right.new_empty(len(right) + 1, *initial.shape)
         states[0] = initial
         for n in range(len(right)):
-            torch.bmm(inverse[n], torch.baddbmm(right[n], reads[n], states[n]), out=y[n])
+            torch.bmm(inverse[n], torch.baddbmm(right[n], reads[n], states[n], alpha=-1), out=y[n])
             kept = states[n] * carry[n] if writes is None else torch.addcmul(writes[n], states[n], carry[n])
             torch.baddbmm(kept, removals[n].mT, y[n], out=states[n + 1])
         ctx.save_for_backward(inverse, reads, removals, carry, totals, y, states)
@@ -175,9 +232,9 @@ class Correct(torch.autograd.Function):
         for n in reversed(range(len(y))):
             total = torch.baddbmm(dy[n], removals[n], dstates[n + 1])
             torch.bmm(inverse[n].mT, total, out=dright[n])
-            dstates[n].addcmul_(dstates[n + 1], carry[n]).baddbmm_(reads[n].mT, dright[n])
-        dmatrix = (dright @ y.mT).tril_(-1).neg_()
-        dreads, dremovals = dright @ states[:-1].mT, y @ dstates[1:].mT
+            dstates[n].addcmul_(dstates[n + 1], carry[n]).baddbmm_(reads[n].mT, dright[n], alpha=-1)
+        dmatrix = _negative_product(dright, y.mT).tril_(-1)
+        dreads, dremovals = _negative_product(dright, states[:-1].mT), y @ dstates[1:].mT
         dwrites = dstates[1:] if ctx.writes else None
         dtotals = _total_gradient(states, dstates, totals)
         return dstates[0], dmatrix, dright, dreads, dremovals, dwrites, None, dtotals
@@ -185,3 +242,9 @@ class Correct(torch.autograd.Function):
 
 def _total_gradient(states: Tensor, dstates: Tensor, totals: Tensor | None) -> Tensor | None:
     return None if totals is None else (states[1:] * dstates[1:]).sum_to_size(totals.shape)
+
+
+def _negative_product(x: Tensor, y: Tensor) -> Tensor:
+    """-(x @ y) for (N,X,·,·) without a pass over the result."""
+    x, y, lead = x.flatten(0, 1), y.flatten(0, 1), x.shape[:2]
+    return torch.baddbmm(x.new_empty(()), x, y, beta=0, alpha=-1).unflatten(0, lead)

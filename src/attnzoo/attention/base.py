@@ -51,11 +51,11 @@ def flag(param: nn.Parameter, *, decay: bool = True, lr_scale: float = 1.0, rein
 
 
 class Raw(NamedTuple):
-    """Queries, keys and values ``(B, heads, T, d)`` of this forward's tokens, before position."""
+    """Queries, keys and values ``(B, heads, T, d)`` before position; a read in absorbed form makes no k and v."""
 
     q: Tensor
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
 
 
 class Call:
@@ -97,9 +97,10 @@ class Call:
             self.ctx.collector.loss(name, self.site.layer, loss, weight)
 
     def stat(self, name: str, value: Tensor) -> None:
-        """Reports a diagnostic of this layer."""
+        """Reports a diagnostic of this layer; ``(B, T, ...)`` values come out in the caller's order, zero at padding."""
         if self.ctx.collector is not None:
-            self.ctx.collector.stat(name, self.site.layer, value)
+            per_token = value.shape[:2] == self.x.shape[:2]
+            self.ctx.collector.stat(name, self.site.layer, self.line.restore(value) if per_token else value)
 
     def mean_over_tokens(self, z: Tensor) -> Tensor:
         """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding."""

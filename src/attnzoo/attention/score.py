@@ -112,6 +112,7 @@ class ScoreAttention(Mixer):
         rows = {name: call.mem.rows(name, row) for name, row in rows.items()}
         axis, aligned = call.mem.axis(), call.mem.aligned
         if not self.refine and self.score is None and self.project.absorbs(q.shape[2], axis.order.shape[1]):
+            call.raw = Raw(q, None, None)
             q, keys, finish = self.project.absorbed(q, q_rot, rows)
             return q, keys._replace(axis=axis, aligned=aligned), finish
         q, k, v = self._refined(q, *self.project.keys(rows, call), call)

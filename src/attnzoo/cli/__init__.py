@@ -44,8 +44,8 @@ def report(error: Exception) -> int:
     if os.environ.get("ATTNZOO_TRACEBACK") == "1":
         traceback.print_exception(error)
     code, text = RUN_ERROR, str(error)
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "attnzoo").startswith("attnzoo"):
-        text = f"the package {error.name!r} is not installed; pip install 'attnzoo[train]' brings it"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("attnzoo"):
+        text = f"a package is missing: {error.name or text}; pip install 'attnzoo[all]' brings it"
     elif isinstance(error, ValueError):
         code = USAGE_ERROR
     elif type(error).__name__ != "RunFailed":

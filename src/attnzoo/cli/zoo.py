@@ -49,8 +49,7 @@ def show_command(options: argparse.Namespace) -> int:
 
 
 def _costs(names: Sequence[str], options: argparse.Namespace) -> Iterable[Sequence[str]]:
-    with torch.device("meta"):
-        mixers = [registry.create(name, dim=options.dim, num_heads=options.num_heads) for name in names]
+    mixers = [registry.create(name, dim=options.dim, num_heads=options.num_heads) for name in names]
     costs = [mixer.cost(options.seq_len, dtype=torch.bfloat16) for mixer in mixers]
     yield ["", *names]
     for title, field in (

@@ -100,7 +100,7 @@ def open_cache(cfg: DataConfig, tokenizer_cfg: TokenizerConfig) -> TokenCache:
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Other processes wait for the one that builds: the ranks of a run start at the same moment.
-        with contextlib.nullcontext():
+        with filelock.FileLock(f"{folder}.lock"):
             found = _opened(folder)
             if not found:
                 _replace(folder, lambda into: _build(into, cfg, tokenizer_cfg, tokenizer))

@@ -122,8 +122,9 @@ def _named(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        reason = error.__cause__ or error
         raise ValueError(
-            f"data.path: no dataset from '{path}' ({type(error).__name__}: {first_line(error)}); "
+            f"data.path: no dataset from '{path}' ({type(reason).__name__}: {first_line(reason)}); "
             "give a folder of data files, a saved dataset, or a name that can be fetched or is cached"
         ) from None
 

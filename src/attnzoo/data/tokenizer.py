@@ -120,8 +120,7 @@ class HFTokenizer(Tokenizer):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     """A byte-level BPE of at most `vocab_size` ids, end of document included; fewer where `texts` are short.
 
-    The result is a function of the texts and the size: the trainer breaks ties in a fixed order, and the
-    alphabet, which the library hands out in no order, is sorted.
+    The result is a function of the texts and the size, on any number of threads.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -131,7 +130,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[],
         show_progress=False,
     )

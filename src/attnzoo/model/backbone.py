@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention import timeline
@@ -17,6 +16,7 @@ from attnzoo.attention.timeline import Timeline
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
 from attnzoo.model.layout import parse_layout
+from attnzoo.ops.fused import rms_norm, swiglu
 from attnzoo.options import unknown
 from attnzoo.registry import create, legal_options
 
@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -44,8 +44,7 @@ class SwiGLU(nn.Module):
         nn.init.normal_(self.down.weight, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
+        return self.down(swiglu(self.up(x)))
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Late
-from attnzoo.attention.stages.refine import rms_norm
+from attnzoo.ops.fused import rms_norm
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.registry import Card, register

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Site, Stage, flag
-from attnzoo.attention.stages.refine import rms_norm
 from attnzoo.cost import Work
+from attnzoo.ops.fused import rms_norm
 
 
 class HeadNorm(Stage):

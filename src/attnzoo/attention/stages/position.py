@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.base import Call, Stage
+from attnzoo.ops.fused import rotate
 
 
 class NoPosition(Stage):
@@ -44,13 +45,16 @@ class Rope(Stage):
         work = torch.float64 if z.dtype == torch.float64 else torch.float32
         name = ("rope", self.width, self.theta, work)
         cos, sin = call.line.once(name, lambda: self._table(pos, work)) if pos is call.line.pos else self._table(pos, work)
-        a, b = z.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
+        turned = rotate(z, cos, sin)
+        # autocast rounds for whoever wants it rounded
+        return turned if torch.is_autocast_enabled(z.device.type) else turned.to(z.dtype)
 
     def _table(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(B or 1, T, 1, width)``, as `rotate` wants them."""
         step = torch.arange(0, self.width, 2, device=pos.device, dtype=torch.float64) / self.width
-        angle = pos.double()[:, None, :, None] * self.theta ** -step
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        angle = pos.double()[:, :, None, None] * self.theta ** -step
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
     def elementwise(self) -> dict[str, float]:
         return {"rope": 3.0 * self.width}

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.memory import Slot
+from attnzoo.ops.fused import rms_norm
 
 
 class QKNorm(Stage):
@@ -24,7 +24,12 @@ class QKNorm(Stage):
         self.eps = eps
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        return rms_norm(q, self.q_gain, self.eps), rms_norm(k, self.k_gain, self.eps), v
+        # in the projection's own order of axes, so that nothing is copied
+        q, k = (
+            rms_norm(z.transpose(1, 2), gain, self.eps).transpose(1, 2)
+            for z, gain in ((q, self.q_gain), (k, self.k_gain))
+        )
+        return q, k, v
 
 
 class L2Norm(Stage):
@@ -107,10 +112,3 @@ def causal_conv(z: Tensor, taps: Tensor, call: Call, slot: str) -> Tensor:
             before = torch.where((call.line.order >= back)[..., None], before, torch.zeros((), dtype=z.dtype))
         y = torch.addcmul(y, before, taps[:, n - 1 - back].to(before.dtype))
     return y
-
-
-def rms_norm(z: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last axis in at least fp32, in ``z``'s dtype."""
-    wide = z if z.dtype == torch.float64 else z.float()
-    gain = None if gain is None else gain.to(wide.dtype)
-    return F.rms_norm(wide, (z.shape[-1],), gain, eps).to(z.dtype)
