@@ -15,9 +15,20 @@ from attnzoo.train.prepare import Run, prepare
 from attnzoo.train.run import execute
 
 TINY = (
-    "model=debug", "model.dim=16", "model.depth=2", "model.num_heads=2", "attention=mha",
-    "data=text", "data.seq_len=32", "data.batch_size=4", "data.val_samples=8", "data.val_fraction=0.2",
-    "trainer.precision=fp32", "trainer.max_steps=4", "trainer.log_every=1", "trainer.sample_tokens=0",
+    "model=debug",
+    "model.dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "attention=mha",
+    "data=text",
+    "data.seq_len=32",
+    "data.batch_size=4",
+    "data.val_samples=8",
+    "data.val_fraction=0.2",
+    "trainer.precision=fp32",
+    "trainer.max_steps=4",
+    "trainer.log_every=1",
+    "trainer.sample_tokens=0",
 )
 
 

@@ -134,7 +134,9 @@ class NoLongerThan(Stage):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple:
         if q.shape[2] > call.site.max_len:
-            raise ValueError(f"data.seq_len: must be at most max_seq_len={call.site.max_len}, got {q.shape[2]}")
+            raise ValueError(
+                f"data.seq_len: must be at most max_seq_len={call.site.max_len}, got {q.shape[2]}"
+            )
         return q, k, v
 
 
@@ -149,6 +151,7 @@ def test_a_length_over_a_variants_maximum(refused, monkeypatch: pytest.MonkeyPat
     message = refused("attention=short", "model.max_seq_len=16")
     assert "data.seq_len" in message and "max_seq_len=16" in message and "32" in message
 
+
 def test_the_stack_trace_comes_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -159,8 +162,18 @@ def test_the_stack_trace_comes_when_asked(
     assert "Traceback" in err and err.splitlines()[-1].startswith("error: attention: no choice 'mlla'")
 
 
-@pytest.mark.parametrize("arguments", [["lst"], [], ["show", "mlla"], ["list", "zz*"], ["generate", "nowhere"],
-                                       ["generate", "nowhere", "--prompt", "a"], ["show", "mla", "--dim", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["lst"],
+        [],
+        ["show", "mlla"],
+        ["list", "zz*"],
+        ["generate", "nowhere"],
+        ["generate", "nowhere", "--prompt", "a"],
+        ["show", "mla", "--dim", "x"],
+    ],
+)
 def test_other_commands_report_in_one_line_too(arguments: list[str], capfd: pytest.CaptureFixture) -> None:
     assert main(arguments) == 2
     out, err = capfd.readouterr()

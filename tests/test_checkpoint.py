@@ -49,7 +49,10 @@ def test_every_name_of_a_checkpoint_finds_it(finished: Path) -> None:
     file = finished / "checkpoints" / "step-00000001.pt"
     for path in (finished, finished / "checkpoints", finished / "checkpoints" / "last", file):
         assert find_checkpoint(path) == file
-    for path, words in ((finished / "nothing", "does not exist"), (finished / "tokenizer", "no complete checkpoint")):
+    for path, words in (
+        (finished / "nothing", "does not exist"),
+        (finished / "tokenizer", "no complete checkpoint"),
+    ):
         with pytest.raises(ValueError, match=f"ckpt_path: .*{words}"):
             find_checkpoint(path)
 
@@ -57,7 +60,11 @@ def test_every_name_of_a_checkpoint_finds_it(finished: Path) -> None:
 def test_only_the_newest_are_kept_and_last_names_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, content(), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000002.pt", "step-00000010.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last",
+        "step-00000002.pt",
+        "step-00000010.pt",
+    ]
     assert find_checkpoint(tmp_path).name == "step-00000010.pt"
 
 
@@ -131,7 +138,9 @@ def test_another_architecture_is_described(finished: Path) -> None:
     with pytest.raises(ValueError, match=r"dim is 16 there and 32 here; embed\.weight is \[257, 16\] there"):
         load_weights(wide, loaded)
     other = attnzoo.create_model("mha", vocab_size=257, dim=16, depth=2, num_heads=2)
-    with pytest.raises(ValueError, match=r"layout is 'mla' there and 'mha' here; .* only (here|there)") as caught:
+    with pytest.raises(
+        ValueError, match=r"layout is 'mla' there and 'mha' here; .* only (here|there)"
+    ) as caught:
         load_weights(other, loaded, "init_from")
     assert str(caught.value).startswith("init_from: ") and "\n" not in str(caught.value)
 

@@ -58,8 +58,12 @@ def test_show_compares_with_mha(name: str, capsys: pytest.CaptureFixture) -> Non
     assert all(option in out for option in card.defaults)
     rows = {line.rsplit(maxsplit=2)[0].strip(): line.split()[-2:] for line in out.splitlines()[-6:]}
     costs = [attnzoo.create(variant, 64, 4).cost(100) for variant in (name, "mha")]
-    for title, field in (("parameters", "params"), ("cache bytes/token", "cache_bytes_per_token"),
-                         ("forward FLOPs/token", "forward_flops"), ("state bytes", "state_bytes")):
+    for title, field in (
+        ("parameters", "params"),
+        ("cache bytes/token", "cache_bytes_per_token"),
+        ("forward FLOPs/token", "forward_flops"),
+        ("state bytes", "state_bytes"),
+    ):
         assert rows[title] == [f"{getattr(cost, field):,.0f}" for cost in costs]
 
 
@@ -87,12 +91,18 @@ def test_generate_continues_prompts_of_unequal_length(made: Path, capsys: pytest
 
 
 def test_train_from_the_shell(made: Path, tmp_path: Path) -> None:
-    options = overrides(made, "attention=kha", "attention.window=8", "trainer.sample_tokens=9", "trainer.val_every=2")
+    options = overrides(
+        made, "attention=kha", "attention.window=8", "trainer.sample_tokens=9", "trainer.val_every=2"
+    )
     done = shell("train", *options, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("kha · ")
-    assert [line.split(" · ")[0] for line in lines if line.startswith("step")] == ["step 1/4", "step 2/4", "step 4/4"]
+    assert [line.split(" · ")[0] for line in lines if line.startswith("step")] == [
+        "step 1/4",
+        "step 2/4",
+        "step 4/4",
+    ]
     assert "bits/byte" in done.stdout and "tokens/s" in done.stdout and "left" in done.stdout
     assert "bits per byte" in done.stdout and "sample: def " in done.stdout
     folder = tmp_path / lines[-1].removeprefix("run folder: ")
@@ -101,7 +111,9 @@ def test_train_from_the_shell(made: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and folder.parent == tmp_path / "runs"
 
 
-def test_multirun(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_multirun(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     sweep = ("trainer.max_steps=1", "attention=gqa", "attention.num_kv_heads=1,3", "hydra.sweep.dir=sweep")
     assert main(["train", *overrides(made, *sweep), "-m"]) == 2
@@ -112,7 +124,9 @@ def test_multirun(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0-gqa-s1", "multirun.yaml"]
 
 
-def test_cfg_shows_the_composition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_cfg_shows_the_composition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", "attention=moh", "attention.add=[kha]", "--cfg", "job"]) == 0
     out = capfd.readouterr().out
@@ -137,7 +151,13 @@ def test_variants_of_other_packages_are_choices(
 
 def test_arguments_are_put_in_order() -> None:
     assert order(["a=1", "-m", "attention.x=1,2", "~b", "--cfg", "job", "attention=mha"]) == [
-        "-m", "--cfg", "job", "a=1", "++attention.x=1,2", "~b", "attention=mha",
+        "-m",
+        "--cfg",
+        "job",
+        "a=1",
+        "++attention.x=1,2",
+        "~b",
+        "attention=mha",
     ]
 
 

@@ -101,8 +101,9 @@ def test_the_one_optimiser_equals_torchs_two() -> None:
     one, two = twins()
     groups = parameter_groups(two, MUON)
     separate = [
-        torch.optim.Muon([g for g in groups if g["kind"] == "muon"], momentum=0.95,
-                         adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            [g for g in groups if g["kind"] == "muon"], momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW([g for g in groups if g["kind"] == "adamw"], betas=(0.9, 0.95)),
     ]
     before = [p.clone() for p in one.parameters()]
@@ -142,7 +143,10 @@ def test_state_of_another_optimiser_is_refused() -> None:
     ("options", "points"),
     [
         ({"schedule": "cosine", "warmup": 0.1, "final": 0.1}, {0: 0.1, 4: 0.5, 10: 1.0, 55: 0.55, 100: 0.1}),
-        ({"schedule": "wsd", "warmup": 0.1, "decay": 0.2, "final": 0.0}, {4: 0.5, 10: 1.0, 80: 1.0, 90: 0.5, 100: 0.0}),
+        (
+            {"schedule": "wsd", "warmup": 0.1, "decay": 0.2, "final": 0.0},
+            {4: 0.5, 10: 1.0, 80: 1.0, 90: 0.5, 100: 0.0},
+        ),
         ({"schedule": "constant", "warmup": 0.1}, {0: 0.1, 10: 1.0, 99: 1.0}),
         ({"schedule": "cosine", "warmup": 0.0, "final": 0.0}, {0: 1.0, 50: 0.5}),
     ],

@@ -25,8 +25,12 @@ from runs import metrics, train, write_text
 OURS = ("model", "optim", "trainer", "callbacks", "logger", "launcher", "experiment", "debug")
 # vocabulary, and the range of parameters in millions
 SIZES = {
-    "debug": (257, 0.15, 0.3), "nano": (257, 1, 3), "small": (257, 10, 20), "125m": (50257, 115, 130),
-    "350m": (50257, 330, 370), "1b": (50257, 1000, 1200),
+    "debug": (257, 0.15, 0.3),
+    "nano": (257, 1, 3),
+    "small": (257, 10, 20),
+    "125m": (50257, 115, 130),
+    "350m": (50257, 330, 370),
+    "1b": (50257, 1000, 1200),
 }
 
 
@@ -66,7 +70,9 @@ def test_sizes_are_what_they_say(size: str) -> None:
     assert set(choices("model")) == set(SIZES)
     vocabulary, low, high = SIZES[size]
     with torch.device("meta"):
-        model = attnzoo.create_model(**model_options(OmegaConf.to_container(tree(f"model={size}")), vocabulary))
+        model = attnzoo.create_model(
+            **model_options(OmegaConf.to_container(tree(f"model={size}")), vocabulary)
+        )
     assert low <= model.cost(256).params / 1e6 <= high
 
 
@@ -79,7 +85,11 @@ def test_small_sizes_train_two_steps(tmp_path: Path, size: str) -> None:
 
 
 def test_debug_fast_trains(tmp_path: Path) -> None:
-    data = (f"data.path={write_text(tmp_path)}", "data.val_fraction=0.3", f"data.cache_dir={tmp_path / 'cache'}")
+    data = (
+        f"data.path={write_text(tmp_path)}",
+        "data.val_fraction=0.3",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    )
     config = tree("debug=fast", "data=text", *data, f"run_dir={tmp_path / 'run'}")
     assert execute(prepare(config))["steps"] == 2
 
@@ -108,7 +118,11 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp_pat
     cpu = torch.device("cpu")
     native = cpu_has("amx_bf16") or cpu_has("avx512_bf16")
     assert choose_precision("auto", cpu)[0] == ("bf16-mixed" if native else "32-true")
-    for flags, expected in (({"amx_bf16"}, "bf16-mixed"), ({"avx512_bf16"}, "bf16-mixed"), (set(), "32-true")):
+    for flags, expected in (
+        ({"amx_bf16"}, "bf16-mixed"),
+        ({"avx512_bf16"}, "bf16-mixed"),
+        (set(), "32-true"),
+    ):
         monkeypatch.setattr("attnzoo.train.hardware.cpu_has", lambda flag, flags=flags: flag in flags)
         assert choose_precision("auto", cpu)[0] == expected
     assert choose_precision("fp32", cpu) == ("32-true", "requested")

@@ -26,8 +26,14 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     command = [sys.executable, str(program), "train", *overrides(tmp_path, *options, *spread)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     folder = tmp_path / "two"
-    done = subprocess.run([*command, f"hydra.run.dir={folder}"], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={folder}"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     both = json.loads((folder / "summary.json").read_text())
     assert both["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-5) and both["tokens"] == alone["tokens"]

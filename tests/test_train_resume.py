@@ -38,7 +38,9 @@ class Noise(Callback):
     """Makes the model draw random numbers."""
 
     def on_fit_start(self, trainer: object, module: pl.LightningModule) -> None:
-        module.model.blocks[0].mlp.register_forward_hook(lambda mlp, args, y: dropout(y, 0.2, training=mlp.training))
+        module.model.blocks[0].mlp.register_forward_hook(
+            lambda mlp, args, y: dropout(y, 0.2, training=mlp.training)
+        )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,11 @@ def test_reports_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     forget_after(tmp_path, 2)
     assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2]
     assert metrics(tmp_path)[1] == {"step": 2, "train_loss": 0.5, "aux/balance": 2.0}
-    assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()] == ["step", "1", "2"]
+    assert [line.split(",")[0] for line in (tmp_path / "metrics.csv").read_text().splitlines()] == [
+        "step",
+        "1",
+        "2",
+    ]
 
 
 def test_an_older_checkpoint_needs_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -109,7 +115,9 @@ def test_accumulation_and_workers_do_not_change_the_samples(tmp_path: Path, seen
 def test_ranks_share_a_steps_samples(accumulate: int, world: int) -> None:
     served = [list(CounterBatches(3, 5, 8, accumulate, rank, world)) for rank in range(world)]
     for step in range(2):
-        of_step = [n for rank in served for batch in rank[step * accumulate : (step + 1) * accumulate] for n in batch]
+        of_step = [
+            n for rank in served for batch in rank[step * accumulate : (step + 1) * accumulate] for n in batch
+        ]
         assert sorted(of_step) == list(range((3 + step) * 8, (4 + step) * 8))
 
 

@@ -205,7 +205,10 @@ def _sort_options(name: str, entry: Entry, adds: list[Entry], options: Mapping[s
         for option, value in e.host.items():
             against = next((o for o in (entry, *adds) if option in o.fixed and o is not e), None)
             if against:
-                raise ValueError(f"add: {e.card.name} presets {option}={value}, but {against.fixed[option]}; leave it out")
+                raise ValueError(
+                    f"{option}: {against.fixed[option]}, got {value!r} by {e.card.name}; "
+                    f"leave {e.card.name} or {against.card.name} out"
+                )
             if option in set_by and chosen[""][option] != value:
                 raise ValueError(f"add: {set_by[option]} and {e.card.name} both preset {option}; leave one of them out")
             chosen[""][option], set_by[option] = value, e.card.name

@@ -79,7 +79,7 @@ def split_gates(g: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     token = torch.arange(grid.count * grid.size, device=g.device).view(grid.count, 1, 1, grid.size, 1)
     if grid.count * grid.size == grid.T:
         token = token[:1]
-    return g.to(dtype)[:, None, None] * (token < grid.T)
+    return torch.where(token < grid.T, g.to(dtype)[:, None, None], 0.0)
 
 
 class Decay:
