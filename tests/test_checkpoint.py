@@ -109,7 +109,7 @@ def test_a_truncated_one_is_refused(finished: Path, tmp_path: Path, share: float
     whole = find_checkpoint(finished).read_bytes()
     file = tmp_path / "step-00000001.pt"
     file.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match="ckpt_path: .*truncated") as caught:
+    with pytest.raises(ValueError, match=r"ckpt_path: .*truncated") as caught:
         read_checkpoint(file)
     assert "\n" not in str(caught.value)
 
@@ -149,10 +149,10 @@ def test_a_missing_or_foreign_tokenizer_is_refused(finished: Path, tmp_path: Pat
     lone = tmp_path / "run" / "checkpoints" / "step-00000001.pt"
     lone.parent.mkdir(parents=True)
     lone.write_bytes(find_checkpoint(finished).read_bytes())
-    with pytest.raises(ValueError, match="checkpoint: .*tokenizer"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*tokenizer"):
         attnzoo.load(lone)
     loaded = copy.deepcopy(read_checkpoint(finished))
     loaded["tokenizer"] = {"fingerprint": "another", "vocab_size": 300}
     _, tokenizer = attnzoo.load(finished)
-    with pytest.raises(ValueError, match="vocabulary is another: 300 tokens .* 257"):
+    with pytest.raises(ValueError, match=r"vocabulary is another: 300 tokens .* 257"):
         checkpoint.check_vocabulary(tokenizer, loaded, "ckpt_path")

@@ -125,6 +125,9 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ):
         monkeypatch.setattr("attnzoo.train.hardware.cpu_has", lambda flag, flags=flags: flag in flags)
         assert choose_precision("auto", cpu)[0] == expected
+    monkeypatch.setattr("attnzoo.train.hardware.cpu_has", lambda flag: True)
+    assert choose_precision("auto", cpu, dim=64)[0] == "32-true"  # the casts would cost more
+    assert choose_precision("bf16", cpu, dim=64)[0] == "bf16-mixed"
     assert choose_precision("fp32", cpu) == ("32-true", "requested")
     train(tmp_path, "trainer.precision=bf16", "trainer.max_steps=1")
     facts = json.loads((tmp_path / "run" / "environment.json").read_text())

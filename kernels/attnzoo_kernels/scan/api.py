@@ -45,15 +45,16 @@ def scan(
         initial_state: (B,H,K,V); zero by default.
         output_final_state: return the state after the last token too.
         chunk_size: largest number of tokens in a chunk of the chunked form.
-        segments: (B,T) int64 document index of every token, from 0, never decreasing. Run 0 owns the initial state;
-            the state is zero at the first token of any other run. The final state is that of the last token's run.
-            A padded tail carries the last run's index, k = v = 0, beta = 0 and g = 0 (so a constant decay has to
-            be given per token there).
+        segments: (B,T) int64 document index of every token, never decreasing. Run 0 owns the initial state;
+            at the first token of any other run the state is zero. The final state is that of the last
+            token's run. A padded tail carries the last run's index, k = v = 0, e = 0, beta = 0 and g = 0:
+            with padding, give a constant decay per token.
         form: "chunked"; "recurrent", a loop over tokens; "quadratic", T x T matrices, without e and a.
 
     Returns:
-        o (B,T,H,V) in v's dtype, and S (B,H,K,V) or None. Everything is computed in fp32, or in fp64 if q, k, v or the
-        initial state is fp64; S has that dtype. A single token takes one step of the recurrent form.
+        o (B,T,H,V) in v's dtype, and S (B,H,K,V) or None. The work is done in fp32, or in fp64 if q, k, v or
+        the initial state is fp64, under autocast too; S has that dtype. A single token takes one recurrent
+        step. The chunked form has first derivatives only.
 
     Raises:
         ValueError: a shape, dtype, device or combination of arguments is wrong.
@@ -123,7 +124,7 @@ def _validate(q, k, v, g, beta, e, a, initial_state, chunk_size, segments, form)
         given, missing = ("e", "a") if a is None else ("a", "e")
         raise ValueError(f"{missing}: is needed with {given}; give both (rank-1 transition) or neither")
     if beta is not None and a is not None:
-        raise ValueError("beta: cannot go with e and a; give beta (delta rule) or e and a (rank-1 transition)")
+        raise ValueError("beta: cannot go with e and a; give beta (delta rule) or e and a (rank-1)")
     if form not in FORMS:
         raise ValueError(f"form: needs one of {', '.join(FORMS)}, got {form!r}")
     if form == "quadratic" and a is not None:

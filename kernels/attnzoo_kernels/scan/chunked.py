@@ -1,15 +1,18 @@
 """The scan by chunks: matrix products inside a chunk, one state handed from chunk to chunk.
 
-With G the sum of log decays from the start of a chunk, S the state that enters it and rows r, columns j inside it:
+With G the sum of log decays from the start of a chunk, S the state that enters it, rows r and columns j:
 
     M^{xy}_{rj} = sum_d x_{r,d} y_{j,d} exp(G_{r,d} - G_{j,d}), zero for j > r
-    plain   o = (q e^G) S + M^{qk} v                                    S' = e^{G_C} S + (k e^{G_C-G})^T v
-    delta   (I + tril(beta M^{kk}, -1)) y = beta (v - (k e^G) S)        then as plain, with y in place of v
-    rank-1  (I - tril(M^{ae}, -1)) y = tril(M^{ak}, -1) v + (a e^{G-g}) S, where rows of a use G - g: they read the
-            state before the token's own decay; then as plain, and o += M^{qe} y, S' += (e e^{G_C-G})^T y
+    plain   o = (q e^G) S + M^{qk} v,   S' = e^{G_C} S + (k e^{G_C-G})^T v
+    delta   (I + tril(beta M^{kk}, -1)) y = beta (v - (k e^G) S), then as plain with y in place of v
+    rank-1  (I - tril(M^{ae}, -1)) y = tril(M^{ak}, -1) v + (a e^{G-g}) S, where the rows of a use G - g: they
+            read the state before the token's own decay;
+            then as plain, and o += M^{qe} y, S' += (e e^{G_C-G})^T y
 
-G_r enters only as exp(G_r) on row operands, exp(-G_j) on column operands and exp(G_C) on S'. So all weights are
-constants for autograd, and G receives +-x * dx from every operand x (functions.Gate) and S' * dS'.
+The triangular matrices are inverted for all chunks at once and applied when the state is known: that is less
+work than solving for K-wide right-hand sides in advance.
+G_r enters only as exp(G_r) on row operands, exp(-G_j) on column operands and exp(G_C) on S'. So the weights
+are constants for autograd, and G receives +-x * dx from every operand x (decay.Gate) and S' * dS' (states).
 exp2 of a difference <= 0 is the only exponential.
 """
 
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from attnzoo_kernels.scan.decay import Decay, DiagonalDecay, Grid, Runs, ScalarDecay, split_gates
-from attnzoo_kernels.scan.functions import Accumulate, Correct
+from attnzoo_kernels.scan.states import Accumulate, Correct
 
 
 def scan_chunked(
@@ -73,7 +76,9 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, decay: Decay, initial: Tensor) -> tu
     return _read(decay.read(q), states, (scores, v)), final
 
 
-def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, initial: Tensor) -> tuple[Tensor, Tensor]:
+def _delta(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, initial: Tensor
+) -> tuple[Tensor, Tensor]:
     k_row, k = decay.row(k * beta), decay.column(k)
     (overlap,), (scores,) = decay.products([k_row, q], [k])
     operands = (overlap, v * beta, decay.read(k_row), decay.write(k))
@@ -85,7 +90,8 @@ def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay, initial:
 def _rank_one(
     q: Tensor, k: Tensor, v: Tensor, e: Tensor, a: Tensor, decay: DiagonalDecay, initial: Tensor
 ) -> tuple[Tensor, Tensor]:
-    a, k, e = decay.row_before(-a), decay.column(k), decay.column(e)  # with -a the system is I + tril, as in delta
+    a = decay.row_before(-a)  # the sign makes the system I + tril(M), as in delta
+    k, e = decay.column(k), decay.column(e)
     (a_e, a_k), (q_e, q_k) = decay.products([a, q], [e, k], before=1)
     operands = (a_e, a_k.tril(-1) @ -v, decay.read_before(a), decay.write(e), decay.write(k).mT @ v)
     operands = (x.flatten(1, 2) for x in operands)

@@ -1,6 +1,6 @@
 """How a chunked scan cuts time into chunks, and the decay weights and document masks of such a grid.
 
-Tensors are chunk-major, (N,B,H,C,·) for N chunks of C tokens: a loop over chunks then takes contiguous slices.
+Tensors are chunk-major, (N,B,H,C,·) for N chunks of C tokens: a loop over chunks takes contiguous slices.
 G is the sum of log decays from the start of a chunk, the token's own included.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo_kernels.scan.functions import DecaySums, DiagonalProducts, Gate, doubled_sums
+from attnzoo_kernels.scan.blocks import DiagonalProducts, doubled_sums, first_order
 
 # Below this a decay is exp(g) = 0 in fp64 too; the bound keeps differences of sums finite when g is -inf.
 MIN_LOG_DECAY = -1000.0
@@ -72,8 +72,9 @@ class Runs:
 
 
 def split_gates(g: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Per-token gates of a grid: (B,T,H) -> (N,B,H,C,1); (B,T,H,K) -> (N,B,H,C,K); (H,) -> (1,1,H,C,1), or
-    (N,1,H,C,1) if the last chunk is padded, zero there."""
+    """Gates per token of a grid: (B,T,H) -> (N,B,H,C,1); (B,T,H,K) -> (N,B,H,C,K); (H,) -> (1,1,H,C,1), or
+    (N,1,H,C,1) if the last chunk is padded: zero there.
+    """
     if g.dim() > 1:
         return grid.split(g if g.dim() == 4 else g.unsqueeze(-1), dtype)
     token = torch.arange(grid.count * grid.size, device=g.device).view(grid.count, 1, 1, grid.size, 1)
@@ -82,23 +83,64 @@ def split_gates(g: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     return torch.where(token < grid.T, g.to(dtype)[:, None, None], 0.0)
 
 
+class DecaySums(torch.autograd.Function):
+    """Stand-ins for G_r = g_1 + ... + g_r in a chunk, and for its last row, that only carry gradients.
+
+    The weights exp(differences of G) are constants for autograd; their users hand G's gradient in by `Gate`
+    and by the state passes, and this sums it up to that of g (..., C, K) -> (..., C, K), (..., 1, K).
+    """
+
+    @staticmethod
+    def forward(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g.view_as(g), g[..., -1:, :].clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dsums: Tensor, dtotals: Tensor) -> Tensor:
+        return dsums.flip(-2).cumsum(-2).flip(-2).add_(dtotals)
+
+
+class Gate(torch.autograd.Function):
+    """Mark `x` (N,B,H,C,K) as an operand that is used only as x * exp(sign * G), with constant weights.
+
+    `sums` stands for G and broadcasts to x; it receives sign * x * dx.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sums: Tensor, sign: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sign, ctx.shape = sign, sums.shape
+        return x.view_as(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dx: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return dx, (x * dx).sum_to_size(ctx.shape).mul_(ctx.sign), None
+
+
 class Decay:
     """Decay weights exp(differences of G) of one grid: what the scalar and the diagonal gates share.
 
-    Weights are constants for autograd; the operands go through `row` (used with exp(G)) or `column` (with exp(-G)),
-    which give G its gradient, and `totals`, G at the end of every chunk, takes the share of the state passes.
+    Weights are constants for autograd; operands go through `row` (used with exp(G)) or `column` (with
+    exp(-G)), which give G its gradient; `totals`, G at the end of every chunk, takes the share of the state
+    passes.
     """
 
-    def __init__(self, gates: Tensor | None, upto: Tensor | None, after: Tensor | None, runs: Runs | None, k: Tensor):
+    def __init__(
+        self, gates: Tensor | None, upto: Tensor | None, after: Tensor | None, runs: Runs | None, k: Tensor
+    ):
         """`upto` and `after` are G and G_C - G in log2, (·,·,H,C,1 or K), or None; k (N,B,H,C,K)."""
-        self.upto, self.after, self.runs, self.dtype = upto, after, runs, k.dtype
-        N, B, H, C, _ = k.shape
-        self.sums = self.totals = None
+        N, B, H = k.shape[:3]
+        self.runs, self.dtype = runs, k.dtype
+        self.sums = self.totals = self.read_weight = self.write_weight = None
+        carry = k.new_ones(1, 1, 1, 1, 1)
         if gates is not None:
             self.sums, totals = DecaySums.apply(gates)
             self.totals = totals.mT.expand(N, B, H, -1, 1).flatten(1, 2)
-        carry = k.new_ones(1, 1, 1, 1, 1)
         if upto is not None:
+            self.read_weight = self._weights(upto, runs and runs.read)
+            self.write_weight = self._weights(after, runs and runs.write)
             carry = self._weights(upto[..., -1:, :].mT, runs and runs.carry)  # a factor per row of the state
         self.carry = carry.expand(N, B, H, -1, 1).flatten(1, 2)
 
@@ -114,11 +156,11 @@ class Decay:
 
     def read(self, x: Tensor) -> Tensor:
         """x exp(G), zero where the token may not read the state that enters the chunk."""
-        return x if self.upto is None else x * self._weights(self.upto, self.runs and self.runs.read)
+        return x if self.read_weight is None else x * self.read_weight
 
     def write(self, x: Tensor) -> Tensor:
         """x exp(G_C - G), zero where the token does not reach the state that leaves the chunk."""
-        return x if self.after is None else x * self._weights(self.after, self.runs and self.runs.write)
+        return x if self.write_weight is None else x * self.write_weight
 
 
 class ScalarDecay(Decay):
@@ -150,10 +192,12 @@ class ScalarDecay(Decay):
 
     def products(self, rows: list[Tensor], columns: list[Tensor]) -> list[list[Tensor]]:
         """M^{xy} for every x in rows and y in columns, zero for j > r: (N,B,H,C,C) each."""
-        products = [[x @ y.mT for y in columns] for x in rows]
-        for matrix in sum(products, []):
-            matrix.tril_() if self.pair is None else matrix.mul_(self.pair)
-        return products
+
+        def product(x: Tensor, y: Tensor) -> Tensor:
+            matrix = x @ y.mT
+            return matrix.tril_() if self.pair is None else matrix.mul_(self.pair)
+
+        return [[product(x, y) for y in columns] for x in rows]
 
 
 class DiagonalDecay(Decay):
@@ -163,7 +207,7 @@ class DiagonalDecay(Decay):
         N, B, H, self.size, _ = k.shape
         steps = gates.detach().clamp(min=MIN_LOG_DECAY) * math.log2(math.e)
         self.steps = self._to_blocks(steps)
-        *_, (_, *sums) = doubled_sums(self.steps)
+        _, *sums = list(doubled_sums(self.steps))[-1]
         upto, self.before, after = (x.unflatten(0, (N, B, H))[..., : self.size, :] for x in sums)
         super().__init__(gates, upto, after, runs, k)
 

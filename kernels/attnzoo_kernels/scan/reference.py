@@ -1,4 +1,4 @@
-"""The scan in its two plain forms: one token at a time, and as T x T matrices. Slow, and easy to check by eye.
+"""The scan in its two plain forms: token by token, and as T x T matrices. Slow, and easy to check by eye.
 
 Axis letters: B batch, T time, S source time, H heads, K key width d_k, V value width d_v.
 Inputs have been validated and the scale, the working precision and the initial state settled by `api.scan`.
@@ -47,9 +47,9 @@ def scan_recurrent(
     state: Tensor,
     segments: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Loop over the tokens. `state` (B,H,K,V) is the incoming one; returns o (B,T,H,V) and the last state."""
+    """Loop over the tokens from `state` (B,H,K,V); returns o (B,T,H,V) and the last state."""
     assert g is None or bool((g <= 0).all()), "the scan is defined for log decays g <= 0"
-    assert segments is None or bool((segments.diff(dim=1) >= 0).all()), "segments must not decrease along time"
+    assert segments is None or bool((segments.diff(dim=1) >= 0).all()), "segments must not decrease"
 
     def at(x: Tensor | None, t: int) -> Tensor | None:
         return x if x is None or x.dim() == 1 else x[:, t]

@@ -242,6 +242,9 @@ def add_gate(draft: Draft) -> None:
 def _score_impl(asked: str, own: list[str], draft: Draft) -> tuple[str, str]:
     fused = not own
     why = "dot product and softmax: fused" if fused else f"own {' and '.join(own)}: no fused path, query-chunked torch"
+    between = [type(s).__name__ for s in (*draft.slots["refine"], *(draft.slots[name] for name in own))]
+    if draft.slots["project"].late and between:
+        why += f"; decodes with materialised keys, since {' and '.join(between)} acts on them"
     if asked == "auto":
         return ("sdpa" if fused else "reference"), why
     if asked == "reference":

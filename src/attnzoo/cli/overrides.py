@@ -14,8 +14,8 @@ FREE = ("attention.", "trainer.aux_weights=")
 def order(arguments: Iterable[str]) -> list[str]:
     """Command-line arguments as Hydra wants them: flags first, then overrides.
 
-    ``attention.x=1`` becomes ``++attention.x=1``: which options exist is the card's to say, not the tree's, and
-    so for the names of auxiliary losses.
+    ``attention.x=1`` becomes ``++attention.x=1``: which options exist is for the card to say, not the tree;
+    likewise the names of auxiliary losses.
     """
     flags, overrides = [], []
     for argument in arguments:

@@ -70,8 +70,8 @@ def train_loader(corpus: Corpus, batches: CounterBatches, workers: int = 0) -> D
 def collate(samples: Sequence[dict[str, Tensor]]) -> Batch:
     """Inputs, targets and documents of some samples of a corpus.
 
-    Shape: ``tokens``, ``targets`` and ``segment_ids`` are (B, T); ``target_bytes`` (B,) is the text behind the
-    targets. ``segment_ids`` is None where every row is one document: mixers then need no mask.
+    Shape: ``tokens``, ``targets`` and ``segment_ids`` are (B, T); ``target_bytes`` (B,) is the text of the
+    targets. ``segment_ids`` is None where every row is one document: mixers need no mask then.
     """
     stacked = stack(samples)
     tokens, labels, segments = targets(stacked)

@@ -79,9 +79,9 @@ class ProgressDisplay(Callback):
 
 
 def _header(trainer: Trainer, module: LanguageModule) -> str:
-    plan = module.plan
+    plan, params = module.plan, sum(p.numel() for p in module.model.parameters())
     steps = f"{plan.total_steps} steps" if plan.total_steps else f"{module.settings.max_seconds:g} s"
     return (
-        f"{module.model.config['layout']} · {sum(p.numel() for p in module.model.parameters()):,} parameters · "
+        f"{module.model.config['layout']} · {params:,} parameters · "
         f"{steps} of {plan.tokens_per_step:,} tokens · {trainer.precision} on {module.device}"
     )

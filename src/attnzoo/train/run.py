@@ -70,9 +70,8 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
     wanted = launcher["accelerator"]
     gpu = torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda")
     mps = torch.backends.mps.is_available() and wanted in ("auto", "gpu", "mps") and not gpu
-    precision, reason = choose_precision(
-        run.trainer.precision, torch.device("cuda" if gpu else "mps" if mps else "cpu")
-    )
+    device = torch.device("cuda" if gpu else "mps" if mps else "cpu")
+    precision, reason = choose_precision(run.trainer.precision, device, run.model.config["dim"])
     callbacks = [GracefulStop(), *_instances(run.config["callbacks"])]
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
