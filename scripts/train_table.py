@@ -3,8 +3,8 @@
     python scripts/train_table.py                         # all variants; finished runs are not repeated
     python scripts/train_table.py --variants mha,mla --steps 20 --out /tmp/table
 
-Each run is a fresh process with its own run folder under ``--out``; results go to benchmarks/results/variants.csv, and to
-the README between its markers.
+Each run is a fresh process with its own run folder under ``--out``; results go to
+benchmarks/results/variants.csv, and to the README between its markers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -24,8 +25,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 CSV = ROOT / "benchmarks" / "results" / "variants.csv"
 MARKS = ("<!-- variants table: scripts/train_table.py -->", "<!-- end of variants table -->")
 COLUMNS = {
-    "variant": "variant", "val_bpb": "bits per byte", "params": "parameters", "train_flops_per_token": "train FLOPs/token",
-    "cache_bytes_per_token": "cache bytes/token", "state_bytes": "state bytes", "tokens_per_second": "tokens/s",
+    "variant": "variant",
+    "val_bpb": "bits per byte",
+    "params": "parameters",
+    "train_flops_per_token": "train FLOPs/token",
+    "cache_bytes_per_token": "cache bytes/token",
+    "state_bytes": "state bytes",
+    "tokens_per_second": "tokens/s",
 }
 
 
@@ -33,7 +39,12 @@ def train(name: str, folder: pathlib.Path, overrides: list[str]) -> dict:
     """The summary of one run, trained now unless it stands complete in ``folder``."""
     summary = folder / "summary.json"
     if not (summary.exists() and json.loads(summary.read_text())["status"] == "completed"):
-        command = [sys.executable, "-c", "import sys; from attnzoo.cli import main; sys.exit(main())", "train"]
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from attnzoo.cli import main; sys.exit(main())",
+            "train",
+        ]
         subprocess.run([*command, f"attention={name}", f"hydra.run.dir={folder}", *overrides], check=True)
     return json.loads(summary.read_text())
 
@@ -76,9 +87,9 @@ def main() -> None:
     rows.sort(key=lambda row: row["val_bpb"])
     first = rows[0]
     note = (
-        f"`model={options.model}`, {options.steps} steps, T={first['seq_len']}, {first['tokens']:,} tokens, seed {first['seed']}, "
-        f"one run each: differences of a few hundredths are noise. {platform.machine()}, {len(__import__('os').sched_getaffinity(0))} "
-        f"cores, torch {first['versions']['torch']}, {date.today()}."
+        f"`model={options.model}`, {options.steps} steps, T={first['seq_len']}, {first['tokens']:,} tokens, "
+        f"seed {first['seed']}, one run each: differences of a few hundredths are noise. "
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {first['versions']['torch']}, {date.today()}."
     )
     write(rows, note)
     print(markdown(rows, note))

@@ -185,7 +185,9 @@ def last_row(o: Tensor, call: Call) -> Tensor:
 BROKEN = {
     "reads one future token": Broken("mha", "causal", mask_of(OneAhead())),
     "has a gradient to the future": Broken(
-        "mha", "causal_gradient", of_output(lambda o, c: o + (c.x - c.x.detach()).mean((1, 2))[:, None, None, None])
+        "mha",
+        "causal_gradient",
+        of_output(lambda o, c: o + (c.x - c.x.detach()).mean((1, 2))[:, None, None, None]),
     ),
     "uses the mean over the whole sequence": Broken(
         "mha", "causal", of_output(lambda o, c: o + c.x.mean((1, 2))[:, None, None, None])
@@ -195,19 +197,25 @@ BROKEN = {
     "reads across documents": Broken("mha", "documents", mask_of(AcrossDocuments())),
     "convolves across documents": Broken("gated_deltanet", "documents", uncut_conv),
     "leaks document gradients": Broken(
-        "mha", "document_gradients", of_output(lambda o, c: o + (c.x - c.x.detach()).mean((1, 2))[:, None, None, None])
+        "mha",
+        "document_gradients",
+        of_output(lambda o, c: o + (c.x - c.x.detach()).mean((1, 2))[:, None, None, None]),
     ),
     "forgets the convolution's cache": Broken("gated_deltanet", "decode", forgetful_conv),
     "starts positions over in each call": Broken("mha", "decode", fixed_positions),
     "ignores given positions": Broken("mha", "decode_positions", fixed_positions),
     "decodes packed rows from the wrong place": Broken("mha", "document_decode", fixed_positions),
     "decodes unequal prompts from the wrong place": Broken("mha", "unequal_prompts", fixed_positions),
-    "depends on the other rows": Broken("mha", "row_independent", of_output(lambda o, c: o - 0.1 * o.mean(0))),
+    "depends on the other rows": Broken(
+        "mha", "row_independent", of_output(lambda o, c: o - 0.1 * o.mean(0))
+    ),
     "has a parameter without gradient": Broken("mha", "gradients", combine_with(Idle)),
     "bills one head too many": Broken("mha", "flops", combine_with(FreeWork)),
     "caches more than it promises": Broken("mha", "cache_bytes", combine_with(SharedRow)),
     "has a reference of its own opinion": Broken("mha", "forms", wrong_reference),
     "overflows": Broken("mha", "finite", overflowing),
     "loses weights on the way": Broken("mha", "state_dict", combine_with(Unsaved)),
-    "rounds in bf16": Broken("mha", "low_precision", of_output(lambda o, c: (o * 2).round() / 2 if o.dtype != torch.float64 else o)),
+    "rounds in bf16": Broken(
+        "mha", "low_precision", of_output(lambda o, c: (o * 2).round() / 2 if o.dtype != torch.float64 else o)
+    ),
 }

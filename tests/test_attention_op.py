@@ -13,7 +13,15 @@ from attnzoo.attention.timeline import Axis
 from attnzoo.ops import Keys, attention
 from attnzoo.ops.attention import computed_pairs
 
-MASKS = [Causal(), band(1), band(7), band(7, 3), band(50, 4), Causal() & Window(9), Causal() & (Window(3) | Sinks(5))]
+MASKS = [
+    Causal(),
+    band(1),
+    band(7),
+    band(7, 3),
+    band(50, 4),
+    Causal() & Window(9),
+    Causal() & (Window(3) | Sinks(5)),
+]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -78,7 +86,9 @@ def test_several_sets_are_one_softmax() -> None:
     q, k, v = draw(2, 4, 9, 4), draw(2, 2, 9, 4, seed=1), draw(2, 2, 9, 4, seed=2)
     whole = attention(q, Keys(k, v), mask=Causal())
     places = torch.arange(9)[None]
-    sets = [Keys(k[:, :, part], v[:, :, part], Axis(places[:, part], None)) for part in (slice(0, 4), slice(4, 9))]
+    sets = [
+        Keys(k[:, :, part], v[:, :, part], Axis(places[:, part], None)) for part in (slice(0, 4), slice(4, 9))
+    ]
     query = Axis(places, None)
     torch.testing.assert_close(attention(q, *sets, mask=Causal(), query=query), whole, rtol=1e-12, atol=1e-12)
     near, far = Causal() & Window(3), Causal()
@@ -139,19 +149,28 @@ def test_combinations() -> None:
     assert torch.equal((a | b).dense(9), a.dense(9) | b.dense(9))
     mod = band(4, 2).mask_mod()
     table = band(4, 2).dense(9)
-    assert all(bool(mod(0, 0, torch.tensor(i), torch.tensor(j))) == bool(table[i, j]) for i in range(9) for j in range(9))
+    assert all(
+        bool(mod(0, 0, torch.tensor(i), torch.tensor(j))) == bool(table[i, j])
+        for i in range(9)
+        for j in range(9)
+    )
 
 
 def test_rows_that_see_nothing_are_zero() -> None:
     q, k, v = draw(1, 1, 3, 4).requires_grad_(), draw(1, 1, 3, 4, seed=1), draw(1, 1, 3, 4, seed=2)
-    query, key = Axis(torch.arange(3)[None], torch.tensor([[0, 0, 1]])), Axis(torch.arange(3)[None], torch.tensor([[0, 0, 0]]))
+    query, key = (
+        Axis(torch.arange(3)[None], torch.tensor([[0, 0, 1]])),
+        Axis(torch.arange(3)[None], torch.tensor([[0, 0, 0]])),
+    )
     o = attention(q, Keys(k, v, key, aligned=False), query=query, impl="reference")
     assert bool((o[0, 0, 2] == 0).all()) and bool(o.isfinite().all())
     (grad,) = torch.autograd.grad(o.sum(), q)
     assert bool(grad.isfinite().all()) and bool((grad[0, 0, 2] == 0).all())
 
 
-@pytest.mark.parametrize("window, n_sink, field", [(0, 0, "window"), (-1, 0, "window"), (4, -1, "n_sink"), (None, 2, "n_sink")])
+@pytest.mark.parametrize(
+    "window, n_sink, field", [(0, 0, "window"), (-1, 0, "window"), (4, -1, "n_sink"), (None, 2, "n_sink")]
+)
 def test_bad_bands(window: int | None, n_sink: int, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):
         band(window, n_sink)

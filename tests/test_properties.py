@@ -1,4 +1,6 @@
-"""Every property of the contract, on every registered variant, at its defaults and where its mechanism shows."""
+"""Every property of the contract, on every registered variant, at its defaults and where its mechanism
+shows.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ COMPOSED = [
     ("mla", {"add": ("kha",), "kind": "linear", "q_lora_rank": 12}),
     ("dcmha", {"window": 5, "add": ("moh",), "static_proj": False}),
     ("gated_deltanet", {"add": ("moh", "kha"), "num_v_heads": 8, "chunk_size": 5}),
-    ("linear", {"num_kv_heads": 2, "feature_map": "hedgehog", "normalize": False, "output_gate": "elementwise"}),
+    (
+        "linear",
+        {"num_kv_heads": 2, "feature_map": "hedgehog", "normalize": False, "output_gate": "elementwise"},
+    ),
 ]
 
 

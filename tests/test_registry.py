@@ -115,9 +115,9 @@ def test_a_variant_from_outside_is_a_variant(zoo) -> None:
         torch.manual_seed(0)
         added = attnzoo.create(host, 32, 4, add="halved", factor=0.25)
         torch.testing.assert_close(added(x), plain(x) / 4)
-    with pytest.raises(ValueError, match="^register: 'mha' is registered by"):
+    with pytest.raises(ValueError, match=r"^register: 'mha' is registered by"):
         attnzoo.register(attnzoo.Card(**{**CARD, "name": "mha"}))(halved)
-    with pytest.raises(ValueError, match="^traits:"):
+    with pytest.raises(ValueError, match=r"^traits:"):
         attnzoo.register(attnzoo.Card(**CARD, traits={"casual": False}))
 
 
@@ -126,8 +126,10 @@ def test_options_of_added_variants_flat_or_dotted(zoo) -> None:
     attnzoo.register(attnzoo.Card(**{**CARD, "name": "halved_too"}), frames=("score",))(halved)
     for spelled in ({"halved.factor": 0.25}, {"halved": {"factor": 0.25}}):
         mixer = attnzoo.create("mha", 32, 4, add=["halved", "halved_too"], **spelled)
-        assert sorted(float(s.factor) for s in mixer.combine) == [0.25, 0.5]
-    with pytest.raises(ValueError, match=r"^factor: halved and halved_too both have it; write halved_too\.factor"):
+        assert sorted(s.factor.item() for s in mixer.combine) == [0.25, 0.5]
+    with pytest.raises(
+        ValueError, match=r"^factor: halved and halved_too both have it; write halved_too\.factor"
+    ):
         attnzoo.create("mha", 32, 4, add=["halved", "halved_too"], factor=0.25)
 
 
@@ -136,7 +138,9 @@ def test_entry_points_are_found(zoo, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> None:
             attnzoo.register(attnzoo.Card(**CARD))(halved)
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Point()] if group == "attnzoo.variants" else [])
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [Point()] if group == "attnzoo.variants" else []
+    )
     registry._load.cache_clear()
     assert "halved" in attnzoo.list_variants()
     assert importlib.metadata.version  # the real lookup goes through the metadata of installed packages

@@ -223,7 +223,7 @@ def test_packed_documents_are_separate(name: str) -> None:
 @pytest.mark.parametrize("low", [-50.0, -math.inf])
 def test_extreme_gates(name: str, low: float) -> None:
     """Gates of 0, -1e-7 and -50 (or -inf) side by side: finite everywhere and as good as the recurrence."""
-    x = make(name, T=100)
+    x = make(name, T=100, K=16)
     pick = torch.rand_like(x["g"])
     for below, value in ((0.8, -1e-7), (0.5, 0.0), (0.2, low)):
         x["g"] = torch.where(pick < below, value, x["g"])
@@ -237,8 +237,8 @@ def test_extreme_gates(name: str, low: float) -> None:
 def check_rounding(x: Operands, do: torch.Tensor, dS: torch.Tensor) -> None:
     """Error against fp64 within twice that of the recurrence in the same precision and a rounding band.
 
-    The band is one rounding of the result, or of the fp32 work behind it: a random walk over a chunk's 64 terms.
-    A constant gate adds the same errors up at every token of a chunk.
+    The band is one rounding of the result, or of the fp32 work behind it: a random walk over the 64 terms of
+    a chunk. A constant gate adds the same errors up at every token of a chunk.
     """
     exact = gradients({n: v.double() for n, v in x.items()}, do, dS, form="recurrent")
     same = gradients(x, do, dS, form="recurrent")

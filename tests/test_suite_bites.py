@@ -1,14 +1,16 @@
-"""The property suite catches what it is for: each broken mixer fails its property, and its healthy host does not."""
+"""The property suite catches what it is for: each broken mixer fails its property, and its healthy host does
+not.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from broken import BROKEN, Broken
 from torch import nn
 
 import attnzoo
 from attnzoo.testing import PROPERTIES, Subject, check
+from broken import BROKEN, Broken
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
@@ -39,7 +41,9 @@ def test_parameters_catches_what_meta_does_not_hold() -> None:
 def test_seeded_catches_another_source_of_chance() -> None:
     def own_generator(mixer) -> None:
         with torch.no_grad():
-            mixer.out.out_proj.weight.add_(torch.rand(1, generator=torch.Generator().manual_seed(id(mixer) % 2**31)))
+            mixer.out.out_proj.weight.add_(
+                torch.rand(1, generator=torch.Generator().manual_seed(id(mixer) % 2**31))
+            )
 
     kept = []  # ids of live objects differ
     with pytest.raises(AssertionError, match="one seed"):

@@ -15,13 +15,29 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Card", "Collector", "Context", "Cost", "card", "create", "create_model", "list_variants", "load", "register", "testing",
+    "Card",
+    "Collector",
+    "Context",
+    "Cost",
+    "card",
+    "create",
+    "create_model",
+    "list_variants",
+    "load",
+    "register",
+    "testing",
 ]
 
 # resolved on first use, so that `import attnzoo` costs little beyond torch
 _LAZY = {
-    "Card": "registry", "card": "registry", "create": "registry", "list_variants": "registry", "register": "registry",
-    "Cost": "cost", "create_model": "model", "load": "train.checkpoint",
+    "Card": "registry",
+    "card": "registry",
+    "create": "registry",
+    "list_variants": "registry",
+    "register": "registry",
+    "Cost": "cost",
+    "create_model": "model",
+    "load": "train.checkpoint",
 }
 
 

@@ -1,4 +1,4 @@
-"""What travels beside the hidden states: documents, positions, the residual stream, losses and diagnostics."""
+"""What travels beside the hidden states: documents, positions, the residual stream, losses, diagnostics."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Collector:
         """
         unknown = sorted(set(weights or {}) - set(self.losses))
         if unknown:
-            raise ValueError(f"aux weights: no layer reports {unknown}; reported: {sorted(self.losses) or 'none'}")
+            raise ValueError(
+                f"aux weights: no layer reports {unknown}; reported: {sorted(self.losses) or 'none'}"
+            )
         total = torch.zeros(())
         for name, layers in self.losses.items():
             values = [value for value, _ in layers.values()]

@@ -76,7 +76,10 @@ def tally(work: Iterable[Work], length: int, active: float = 1.0) -> dict[str, o
             reason = item.masked if runs != item.flops / length else "inactive heads"
             masked[f"{item.name}: {reason}"] = runs - needed
     return {
-        "forward_flops": sum(split.values()), "executed_flops": executed, "split": split, "masked": masked,
+        "forward_flops": sum(split.values()),
+        "executed_flops": executed,
+        "split": split,
+        "masked": masked,
     }
 
 
@@ -99,5 +102,7 @@ def add_costs(costs: Iterable[Cost], extra: dict[str, float], params: int) -> Co
         state_bytes=sum(c.state_bytes for c in costs),
         weight_flops=sum(c.weight_flops for c in costs),
         exact=all(c.exact for c in costs),
-        split=split, masked=masked, elementwise=elementwise,
+        split=split,
+        masked=masked,
+        elementwise=elementwise,
     )

@@ -33,7 +33,9 @@ def check(name: str, value: Any, annotation: Any) -> Any:
         return _check_union(name, value, args)
     if origin is Literal:
         if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args):
-            raise ValueError(f"{name}: must be one of {', '.join(map(repr, args))}, got {value!r}{_near(value, args)}")
+            raise ValueError(
+                f"{name}: must be one of {', '.join(map(repr, args))}, got {value!r}{_near(value, args)}"
+            )
         return value
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):

@@ -29,7 +29,8 @@ class Card:
         summary: one sentence. cached: what decoding stores.
         traits: properties that hold (all True unless the mathematics forbids it); see ``TRAITS``.
         claims: headline claims of the paper with their conditions.
-        small: options under which the mechanism shows at some twenty tokens; the property suite uses them too.
+        small: options under which the mechanism shows at some twenty tokens; the property suite uses them
+            too.
         no_grad: parameters without gradient -> reason.
         defaults: every option with its default; filled in by `register`.
     """
@@ -50,7 +51,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered variant: its card, its change of a draft, and the frames the change fits (its own first)."""
+    """A registered variant: its card, its change of a draft, and the frames the change fits (its own
+    first).
+    """
 
     card: Card
     change: Callable[..., None]
@@ -92,10 +95,12 @@ def register(
     def add(change: Callable[..., None]) -> Callable[..., None]:
         known = _entries.get(card.name)
         if known and known.change.__module__ != change.__module__:
-            raise ValueError(f"register: {card.name!r} is registered by {known.change.__module__}; choose another name")
-        defaults = {n: p.default for n, p in (frame | opts.keyword_options(change)).items() if n not in fixed} | {
-            n: v for n, v in host.items() if n not in fixed
-        }
+            raise ValueError(
+                f"register: {card.name!r} is registered by {known.change.__module__}; choose another name"
+            )
+        defaults = {
+            n: p.default for n, p in (frame | opts.keyword_options(change)).items() if n not in fixed
+        } | {n: v for n, v in host.items() if n not in fixed}
         full = replace(card, traits=dict.fromkeys(TRAITS, True) | dict(card.traits), defaults=defaults)
         _entries[card.name] = Entry(full, change, frames, host, fixed)
         return change
@@ -109,8 +114,8 @@ def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
     Args:
         name: a registered variant, see `list_variants`.
         dim: width of the stream; num_heads: query heads.
-        options: of the variant (``card(name).defaults``), and ``add``: variants whose change comes on top; their options
-            are flat where unambiguous, else dotted (``{"moh.shared_heads": 2}``).
+        options: of the variant (``card(name).defaults``), and ``add``: variants whose change comes on top;
+            their options are flat where unambiguous, else dotted (``{"moh.shared_heads": 2}``).
 
     Raises:
         ValueError: unknown name or option, a value out of its range, or a combination that makes no sense.
@@ -130,17 +135,24 @@ def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
         member.change(draft, **chosen[member.card.name])
     mixer = frame.finish(draft)
     mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, site
-    mixer.options = {"add": tuple(e.card.name for e in adds)} | host | {
-        k if sum(k in c for c in chosen.values()) == 1 and k not in host else f"{member}.{k}": v
-        for member, values in chosen.items() for k, v in values.items()
-    }
+    mixer.options = (
+        {"add": tuple(e.card.name for e in adds)}
+        | host
+        | {
+            k if sum(k in c for c in chosen.values()) == 1 and k not in host else f"{member}.{k}": v
+            for member, values in chosen.items()
+            for k, v in values.items()
+        }
+    )
     return mixer
 
 
 def list_variants(pattern: str = "*", family: str | None = None) -> list[str]:
     """Registered names that match a glob, sorted; ``family`` filters."""
     _load()
-    return sorted(n for n, e in _entries.items() if fnmatchcase(n, pattern) and family in (None, e.card.family))
+    return sorted(
+        n for n, e in _entries.items() if fnmatchcase(n, pattern) and family in (None, e.card.family)
+    )
 
 
 def card(name: str) -> Card:
@@ -195,7 +207,9 @@ def _added(name: str, add: Any, frame: str) -> list[Entry]:
     return entries
 
 
-def _sort_options(name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _sort_options(
+    name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Checked options per member of the composition, defaults filled in; the frame's under ``""``."""
     members = {e.card.name: opts.keyword_options(e.change) for e in (entry, *adds)}
     tables = {"": _host_options(entry.frames[0]), **members}
@@ -210,7 +224,9 @@ def _sort_options(name: str, entry: Entry, adds: list[Entry], options: Mapping[s
                     f"leave {e.card.name} or {against.card.name} out"
                 )
             if option in set_by and chosen[""][option] != value:
-                raise ValueError(f"add: {set_by[option]} and {e.card.name} both preset {option}; leave one of them out")
+                raise ValueError(
+                    f"add: {set_by[option]} and {e.card.name} both preset {option}; leave one of them out"
+                )
             chosen[""][option], set_by[option] = value, e.card.name
     for key, value in opts.flatten(options, members).items():
         owner, option = _owner(key, name, tables)

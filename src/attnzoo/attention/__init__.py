@@ -1,1 +1,1 @@
-"""The zoo: the contract (`base`), two frames (`score`, `recurrent`), their `stages`, and variants in family folders."""
+"""The zoo: the contract (`base`), two skeletons (`score`, `recurrent`), `stages`, variants by family."""

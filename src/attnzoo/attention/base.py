@@ -21,8 +21,10 @@ INIT_STD = 0.02
 class Plain:
     """The default weight provider: one `nn.Linear` per name."""
 
-    def linear(self, name: str, d_in: int, d_out: int, bias: bool = False, std: float = INIT_STD) -> nn.Linear:
-        """A linear map with weights N(0, std²) and zero bias; ``name`` says which matrix of the layer it is."""
+    def linear(
+        self, name: str, d_in: int, d_out: int, bias: bool = False, std: float = INIT_STD
+    ) -> nn.Linear:
+        """A linear map, weights N(0, std²), zero bias; ``name`` says which matrix of the layer it is."""
         layer = nn.Linear(d_in, d_out, bias=bias)
         nn.init.normal_(layer.weight, std=std)
         if bias:
@@ -31,7 +33,7 @@ class Plain:
 
 
 class Site(NamedTuple):
-    """Where a mixer stands: layer ``layer`` of ``depth``, sequences of up to ``max_len``, who makes its weights."""
+    """Where a mixer stands: ``layer`` of ``depth``, the longest sequence, who makes its weights."""
 
     layer: int = 0
     depth: int = 1
@@ -40,18 +42,20 @@ class Site(NamedTuple):
 
     @property
     def out_std(self) -> float:
-        """Standard deviation of output projections, so that the residual stream keeps its scale over depth."""
+        """Standard deviation of output projections: the stream keeps its scale over depth."""
         return INIT_STD / math.sqrt(2 * self.depth)
 
 
-def flag(param: nn.Parameter, *, decay: bool = True, lr_scale: float = 1.0, reinit: bool = True) -> nn.Parameter:
+def flag(
+    param: nn.Parameter, *, decay: bool = True, lr_scale: float = 1.0, reinit: bool = True
+) -> nn.Parameter:
     """Writes on a parameter what it asks of the optimiser and of initialisation passes."""
     param.no_weight_decay, param.lr_scale, param.no_reinit = not decay, lr_scale, not reinit
     return param
 
 
 class Raw(NamedTuple):
-    """Queries, keys and values ``(B, heads, T, d)`` before position; a read in absorbed form makes no k and v."""
+    """Queries, keys and values ``(B, heads, T, d)`` before position; an absorbed read makes no k and v."""
 
     q: Tensor
     k: Tensor | None
@@ -64,7 +68,8 @@ class Call:
     Attributes:
         x: ``(B, T, D)`` input, padding at the right and zero.
         residual: ``(B, T, D)`` the un-normalised stream (``x`` where the caller gave none).
-        line: documents and positions of this forward; ``mem``: the layer's memory; ``shared``: the Context's dict.
+        line: documents and positions of this forward; ``mem``: the layer's memory; ``shared``: the Context's
+            dict.
         raw: q, k, v before position, once the projection has run.
     """
 
@@ -97,7 +102,7 @@ class Call:
             self.ctx.collector.loss(name, self.site.layer, loss, weight)
 
     def stat(self, name: str, value: Tensor) -> None:
-        """Reports a diagnostic of this layer; ``(B, T, ...)`` values come out in the caller's order, zero at padding."""
+        """Reports a diagnostic; ``(B, T, ...)`` values come out in the caller's order, zero at padding."""
         if self.ctx.collector is not None:
             per_token = value.shape[:2] == self.x.shape[:2]
             self.ctx.collector.stat(name, self.site.layer, self.line.restore(value) if per_token else value)
@@ -114,7 +119,7 @@ class Call:
 class Stage(nn.Module):
     """One step of a mixer. It does one thing and knows no other stage.
 
-    ``rank`` sorts the stages of a chain (refine, combine); see ``docs`` of the skeletons for the usual numbers.
+    ``rank`` sorts the stages of a chain (refine, combine); `score` lists the usual numbers.
     """
 
     rank = 0
@@ -211,13 +216,21 @@ class Mixer(nn.Module):
         Args:
             batch_size: rows.
             max_len: tokens per row that growing memory has room for.
-            dtype: of cached rows and tails (default: the parameters'); scan states stay fp32, or fp64 in a double module.
+            dtype: of cached rows and tails (default: the parameters'); scan states stay fp32, or fp64 in a
+                double module.
             clock: shared by the layers of a model.
         """
         like = next(self.parameters())
         double = like.dtype == torch.float64
         return build_cache(
-            self.memory(), self.retain(), batch_size, max_len, dtype or like.dtype, device or like.device, double, clock
+            self.memory(),
+            self.retain(),
+            batch_size,
+            max_len,
+            dtype or like.dtype,
+            device or like.device,
+            double,
+            clock,
         )
 
     def cost(self, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
@@ -230,7 +243,11 @@ class Mixer(nn.Module):
         slots, retain = self.memory(), self.retain()
         state_size = 8 if next(self.parameters()).dtype == torch.float64 else 4
         grows = sum(s.size for s in slots.values() if s.kind == "rows")
-        fixed = sum(s.size * (state_size if s.kind == "state" else dtype.itemsize) for s in slots.values() if s.kind != "rows")
+        fixed = sum(
+            s.size * (state_size if s.kind == "state" else dtype.itemsize)
+            for s in slots.values()
+            if s.kind != "rows"
+        )
         if retain is not None:
             fixed, grows = fixed + grows * retain.size * dtype.itemsize, 0
         return Cost(

@@ -28,7 +28,8 @@ class Draft:
 
     Attributes:
         site, dim, num_heads, num_kv_heads: H query heads, G key/value heads.
-        head_dim: width of the content part of a q/k head; v_head_dim: of a v head; rotary: extra rotary width.
+        head_dim: width of the content part of a q/k head; v_head_dim: of a v head; rotary: extra rotary
+            width.
         scale: score scale (default 1/sqrt of the q/k width); host: the frame's options.
         o_heads: heads that come out of the mixing (value heads where they outnumber the query heads).
         project_width: q/k width out of the projection where a feature map changes it (0 = head_dim).
@@ -71,14 +72,17 @@ class Draft:
         self.hooks.append((self.current, hook))
 
     def settle(self) -> None:
-        for self.current, hook in self.hooks:
+        """Runs the hooks, each in its variant's name."""
+        for name, hook in self.hooks:
+            self.current = name
             hook(self)
 
     def put(self, slot: str, stage: Stage) -> None:
         """Sets a slot, or extends a chain (refine, combine).
 
         Raises:
-            ValueError: another variant of the composition already set the slot, or the frame has no such slot.
+            ValueError: another variant of the composition already set the slot, or the frame has no such
+                slot.
         """
         if slot not in self.frame.slots:
             raise ValueError(f"add: {self.current} sets {slot!r}, which {self.frame.title} does not have")
@@ -86,7 +90,9 @@ class Draft:
             self.slots[slot].append(stage)
             return
         if slot in self.owner:
-            raise ValueError(f"add: {self.owner[slot]} and {self.current} both set {slot!r}; leave one of them out")
+            raise ValueError(
+                f"add: {self.owner[slot]} and {self.current} both set {slot!r}; leave one of them out"
+            )
         self.slots[slot], self.owner[slot] = stage, self.current
 
     def fill(self, slot: str, make: Callable[[], Stage]) -> Stage:
@@ -123,7 +129,9 @@ def set_heads(draft: Draft, num_kv_heads: int | None, head_dim: int | None) -> N
     if G < 1 or G > H or H % G:
         raise ValueError(f"num_kv_heads: must divide num_heads={H}, got {G}; choose one of {_divisors(H)}")
     if head_dim is None and D % H:
-        raise ValueError(f"dim: must be divisible by num_heads={H}, got {D}; change one of them or set head_dim")
+        raise ValueError(
+            f"dim: must be divisible by num_heads={H}, got {D}; change one of them or set head_dim"
+        )
     draft.num_kv_heads, draft.head_dim = G, D // H if head_dim is None else head_dim
     if draft.head_dim < 1:
         raise ValueError(f"head_dim: must be at least 1, got {draft.head_dim}")
@@ -131,7 +139,7 @@ def set_heads(draft: Draft, num_kv_heads: int | None, head_dim: int | None) -> N
 
 
 class ScoreFrame(Frame):
-    """`ScoreAttention` with softmax over dot products, RoPE and a causal mask unless a variant says otherwise."""
+    """`ScoreAttention`: softmax over dot products, RoPE, a causal mask, unless a variant says otherwise."""
 
     title = "ScoreAttention"
     slots = ("project", "refine", "position", "score", "mask", "normalise", "read", "combine", "out")
@@ -164,7 +172,9 @@ class ScoreFrame(Frame):
         draft.fill("position", lambda: Rope(rotary, host["rope_theta"], field_name) if rope else NoPosition())
         project = draft.fill(
             "project",
-            lambda: QKV(site, draft.dim, H, draft.num_kv_heads, draft.head_dim, draft.v_head_dim, host["qkv_bias"]),
+            lambda: QKV(
+                site, draft.dim, H, draft.num_kv_heads, draft.head_dim, draft.v_head_dim, host["qkv_bias"]
+            ),
         )
         if host["qk_norm"]:
             draft.slots["refine"].append(QKNorm(draft.head_dim, host["norm_eps"]))
@@ -174,9 +184,16 @@ class ScoreFrame(Frame):
         draft.fill("read", Single)
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = ScoreAttention(
-            project=project, refine=slots["refine"], position=slots["position"], score=slots.get("score"),
-            mask=slots["mask"], normalise=slots.get("normalise"), read=slots["read"], combine=slots["combine"],
-            out=slots["out"], scale=draft.scale or draft.qk_width**-0.5,
+            project=project,
+            refine=slots["refine"],
+            position=slots["position"],
+            score=slots.get("score"),
+            mask=slots["mask"],
+            normalise=slots.get("normalise"),
+            read=slots["read"],
+            combine=slots["combine"],
+            out=slots["out"],
+            scale=draft.scale or draft.qk_width**-0.5,
             head_widths=(draft.qk_width, draft.v_head_dim),
         )
         own = [name for name in ("score", "normalise") if name in slots]
@@ -210,18 +227,30 @@ class RecurrentFrame(Frame):
     def finish(draft: Draft) -> Mixer:
         draft.settle()
         host, site, H, slots = draft.host, draft.site, draft.o_heads, draft.slots
-        draft.fill("position", lambda: Rope(draft.head_dim, host["rope_theta"]) if host["pos"] == "rope" else NoPosition())
+        draft.fill(
+            "position",
+            lambda: Rope(draft.head_dim, host["rope_theta"]) if host["pos"] == "rope" else NoPosition(),
+        )
         draft.fill(
             "project",
             lambda: QKV(
-                site, draft.dim, draft.num_heads, draft.num_kv_heads, draft.project_width or draft.head_dim,
-                draft.v_head_dim, host["qkv_bias"], stores=False, num_v_heads=draft.shapes()["v"][0],
+                site,
+                draft.dim,
+                draft.num_heads,
+                draft.num_kv_heads,
+                draft.project_width or draft.head_dim,
+                draft.v_head_dim,
+                host["qkv_bias"],
+                stores=False,
+                num_v_heads=draft.shapes()["v"][0],
             ),
         )
         add_gate(draft)
         gates = draft.fill("gates", NoGates)
         scale = draft.head_dim**-0.5 if draft.scale is None else draft.scale
-        draft.fill("scan", lambda: Scan(H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind))
+        draft.fill(
+            "scan", lambda: Scan(H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind)
+        )
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
         mixer.impl, mixer.impl_reason = _scan_impl(host["impl"])
@@ -234,14 +263,20 @@ def add_gate(draft: Draft) -> None:
     if kind == "none":
         return
     if any(isinstance(stage, Gate) for stage in draft.slots["combine"]):
-        raise ValueError(f"output_gate: the variant already gates its output, got {kind!r}; leave it at 'none'")
+        raise ValueError(
+            f"output_gate: the variant already gates its output, got {kind!r}; leave it at 'none'"
+        )
     gate = Gate(draft.site, draft.dim, draft.o_heads, draft.v_head_dim, torch.sigmoid, kind == "elementwise")
     draft.slots["combine"].append(gate)
 
 
 def _score_impl(asked: str, own: list[str], draft: Draft) -> tuple[str, str]:
     fused = not own
-    why = "dot product and softmax: fused" if fused else f"own {' and '.join(own)}: no fused path, query-chunked torch"
+    why = (
+        "dot product and softmax: fused"
+        if fused
+        else f"own {' and '.join(own)}: no fused path, query-chunked torch"
+    )
     between = [type(s).__name__ for s in (*draft.slots["refine"], *(draft.slots[name] for name in own))]
     if draft.slots["project"].late and between:
         why += f"; decodes with materialised keys, since {' and '.join(between)} acts on them"
@@ -252,8 +287,12 @@ def _score_impl(asked: str, own: list[str], draft: Draft) -> tuple[str, str]:
     if asked == "sdpa":
         if fused:
             return asked, "asked for"
-        raise ValueError(f"impl: 'sdpa' computes dot products and softmax, {own[0]} here is its own; use auto or reference")
-    raise ValueError(f"impl: {asked!r} has no adapter in this version, got impl={asked!r}; use auto, reference or sdpa")
+        raise ValueError(
+            f"impl: 'sdpa' computes dot products and softmax, {own[0]} here is its own; use auto or reference"
+        )
+    raise ValueError(
+        f"impl: {asked!r} has no adapter in this version, got impl={asked!r}; use auto, reference or sdpa"
+    )
 
 
 def _scan_impl(asked: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """What a mixer keeps between calls: cached rows, tails of convolutions, scan states.
 
-Stages declare their slots (`Stage.memory`), so that `new_cache`, `cost()` and the forward read one table, and use
-three calls that mean the same in training, prefill and decode: `rows`, `tail`, `state`/`put`.
+Stages declare their slots (`Stage.memory`), so that `new_cache`, `cost()` and the forward read one table, and
+use three calls that mean the same in training, prefill and decode: `rows`, `tail`, `state`/`put`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Slot(NamedTuple):
 
     Args:
         kind: "rows" (one per token, or a ring of them), "tail" (the last tokens' values) or "state".
-        shape: rows ``(heads, width)``; tail ``(tokens, channels)``; state any. States are kept in fp32 or fp64.
+        shape: rows ``(heads, width)``; tail ``(tokens, channels)``; state any. States are kept in fp32 or
+            fp64.
     """
 
     kind: str
@@ -126,7 +127,9 @@ class Memory:
         return self.line.once(("ring+", self.cache.retain), self._ring_and_new)
 
     def rows(self, name: str, new: Tensor) -> Tensor:
-        """Appends ``new`` ``(B, heads, T, d)``; returns all keys so far ``(B, heads, S, d)``, aligned with `axis`."""
+        """Appends ``new`` ``(B, heads, T, d)``; returns all keys so far ``(B, heads, S, d)``, aligned with
+        `axis`.
+        """
         if self.cache is None:
             return new
         old = self.cache.slots[name]
@@ -142,7 +145,8 @@ class Memory:
         return old[:, :, : self.line.high].to(new.dtype)
 
     def tail(self, name: str, z: Tensor, n: int) -> Tensor:
-        """``z`` ``(B, T, C)`` preceded by the ``n`` tokens before it (zeros without a cache): ``(B, n + T, C)``.
+        """``z`` ``(B, T, C)`` preceded by the ``n`` tokens before it (zeros without a cache): ``(B, n + T,
+        C)``.
 
         Document cuts are the stage's: the predecessor ``m`` steps back counts where ``order >= m``.
         """
@@ -223,7 +227,9 @@ class Memory:
         if line.doc is None:
             newest = line.order[:, -1:]
         else:
-            newest = line.order.gather(1, (last if isinstance(last, Tensor) else line.doc * 0 + last)[:, :1].clamp(min=0))
+            newest = line.order.gather(
+                1, (last if isinstance(last, Tensor) else line.doc * 0 + last)[:, :1].clamp(min=0)
+            )
         place = target.order - newest + last
         run_start = 0 if line.doc is None else (last - newest).clamp(min=0)
         fresh = (place >= run_start) & (place <= last) & (target.doc >= 0)

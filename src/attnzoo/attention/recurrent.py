@@ -1,7 +1,7 @@
 """RecurrentAttention: project -> refine -> position -> gates -> scan -> combine -> out.
 
-The same project, refine, position, combine and out stages as `ScoreAttention`; the middle is a state recurrence.
-Ranks as there; combine 10 is the denominator, where a variant has one.
+The same project, refine, position, combine and out stages as `ScoreAttention`; the middle is a state
+recurrence. Ranks as there; combine 10 is the denominator, where a variant has one.
 """
 
 from __future__ import annotations
@@ -44,19 +44,30 @@ class NoGates(Stage):
 class Scan(Stage):
     """The recurrence itself, with its state ``S`` ``(H, d_k, d_v)``."""
 
-    def __init__(self, heads: int, k_width: int, v_width: int, chunk_size: int, scale: float, kind: str) -> None:
+    def __init__(
+        self, heads: int, k_width: int, v_width: int, chunk_size: int, scale: float, kind: str
+    ) -> None:
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
-        self.shape, self.chunk_size, self.scale, self.kind = (heads, k_width, v_width), chunk_size, scale, kind
+        self.shape, self.chunk_size, self.scale, self.kind = (
+            (heads, k_width, v_width),
+            chunk_size,
+            scale,
+            kind,
+        )
 
     def memory(self) -> dict[str, Slot]:
         return {"S": Slot("state", self.shape)}
 
     def forward(self, terms: Terms, call: Call) -> Tensor:
         o, state = scan(
-            *terms, scale=self.scale, initial_state=call.mem.state("S"), output_final_state=call.mem.cache is not None,
-            chunk_size=self.chunk_size, segments=call.line.doc,
+            *terms,
+            scale=self.scale,
+            initial_state=call.mem.state("S"),
+            output_final_state=call.mem.cache is not None,
+            chunk_size=self.chunk_size,
+            segments=call.line.doc,
         )
         call.mem.put("S", state)
         return o
@@ -68,10 +79,19 @@ class Scan(Stage):
 
 
 class RecurrentAttention(Mixer):
-    """Attention by a recurrent state; see the module. Slots: project, refine, position, gates, scan, combine, out."""
+    """Attention by a recurrent state; see the module. Slots: project, refine, position, gates, scan,
+    combine, out.
+    """
 
     def __init__(
-        self, *, project: Stage, refine: list[Stage], position: Stage, gates: Stage, scan: Stage, combine: list[Stage],
+        self,
+        *,
+        project: Stage,
+        refine: list[Stage],
+        position: Stage,
+        gates: Stage,
+        scan: Stage,
+        combine: list[Stage],
         out: Stage,
     ) -> None:
         super().__init__()
@@ -110,7 +130,9 @@ def _without_padding(terms: Terms, call: Call) -> Terms:
     def blank(name: str, z: Tensor | None) -> Tensor | None:
         if z is None or name == "q" or z.dim() == 1:
             return z
-        return torch.where(valid.reshape(*valid.shape, *(1,) * (z.dim() - 2)), z, torch.zeros((), dtype=z.dtype))
+        return torch.where(
+            valid.reshape(*valid.shape, *(1,) * (z.dim() - 2)), z, torch.zeros((), dtype=z.dtype)
+        )
 
     if terms.g is not None and terms.g.dim() == 1:
         terms = terms._replace(g=terms.g.expand(*valid.shape, -1))

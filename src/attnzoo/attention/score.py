@@ -1,6 +1,7 @@
 """ScoreAttention: project -> refine -> position -> score -> mask -> normalise -> combine -> out.
 
-The frame owns the plumbing (cache, documents, masks, choice of implementation); a variant is the stages it changes.
+The frame owns the plumbing (cache, documents, masks, choice of implementation); a variant is the stages it
+changes.
 
 Ranks. refine: 10 shift and convolution, 20 maps shared by heads, 30 norms, 40 feature maps, 50 gates.
 combine: 10 merge heads, 20 local terms, 30 head norm, 40 gate, 50 router, 60 head mask.
@@ -19,7 +20,8 @@ from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 
 
 class Early:
-    """Marks projections whose k and v exist before the cache: ``qkv(x, call) -> (q, k, v)``, each (B, heads, T, d)."""
+    """Marks projections whose k and v exist before the cache: ``qkv(x, call) -> (q, k, v)``.
+    """
 
     late = False
 
@@ -27,10 +29,10 @@ class Early:
 class Late:
     """Marks projections that cache something smaller and make k and v from it.
 
-    ``rows(x, call) -> (q, q_rot, {name: row})``; ``keys(rows, call) -> (k, v)``. Rows named in ``turned`` are rotated
-    before the cache and appended to k (and ``q_rot`` to q) after refinement, so that refine maps touch content only.
-    ``absorbed(q, q_rot, rows) -> (q, Keys, finish)`` reads the rows as they are; ``absorbs(T, S)`` says when that is
-    cheaper.
+    ``rows(x, call) -> (q, q_rot, {name: row})``; ``keys(rows, call) -> (k, v)``. Rows named in ``turned``
+    are rotated before the cache and appended to k (and ``q_rot`` to q) after refinement, so that refine maps
+    touch content only. ``absorbed(q, q_rot, rows) -> (q, Keys, finish)`` reads the rows as they are;
+    ``absorbs(T, S)`` says when that is cheaper.
     """
 
     late = True
@@ -65,13 +67,24 @@ class Single(Stage):
 class ScoreAttention(Mixer):
     """Attention by scores over keys; see the module.
 
-    Args (slots): project, refine, position, score, mask, normalise, read, combine, out. ``score`` and ``normalise``
-    are None for the scaled dot product and the softmax, which fused kernels serve.
+    Args (slots): project, refine, position, score, mask, normalise, read, combine, out. ``score`` and
+    ``normalise`` are None for the scaled dot product and the softmax, which fused kernels serve.
     """
 
     def __init__(
-        self, *, project: Stage, refine: list[Stage], position: Stage, score: Stage | None, mask: Stage,
-        normalise: Stage | None, read: Stage, combine: list[Stage], out: Stage, scale: float, head_widths: tuple[int, int],
+        self,
+        *,
+        project: Stage,
+        refine: list[Stage],
+        position: Stage,
+        score: Stage | None,
+        mask: Stage,
+        normalise: Stage | None,
+        read: Stage,
+        combine: list[Stage],
+        out: Stage,
+        scale: float,
+        head_widths: tuple[int, int],
     ) -> None:
         super().__init__()
         self.project, self.position, self.score, self.mask = project, position, score, mask
@@ -89,8 +102,17 @@ class ScoreAttention(Mixer):
 
         def attend(q: Tensor, *sets, also: tuple[str, ...] = ()):
             return attention(
-                q, *sets, mask=mask, query=call.query, scale=self.scale, score=self.score, normalise=self.normalise,
-                weights=None if self.score is None else self.score.weights, impl=self.impl, once=call.line.once, also=also,
+                q,
+                *sets,
+                mask=mask,
+                query=call.query,
+                scale=self.scale,
+                score=self.score,
+                normalise=self.normalise,
+                weights=None if self.score is None else self.score.weights,
+                impl=self.impl,
+                once=call.line.once,
+                also=also,
             )
 
         o = finish(self.read(q, keys, attend, call).transpose(1, 2))

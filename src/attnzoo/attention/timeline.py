@@ -1,8 +1,8 @@
 """Where the tokens of one forward stand: their document, their place in it, their slot in the cache.
 
 A forward is read once, here; masks, rotations, convolutions, scans and caches only compare the numbers below,
-so that packed documents, padding, chunked prefill and ragged decoding are one case.
-Padding is moved to the right end of each row first ("compacted"): a causal mixer then cannot see it.
+so that packed documents, padding, chunked prefill and ragged decoding are one case. Padding is moved to the
+right end of each row first ("compacted"): a causal mixer then cannot see it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Axis(NamedTuple):
 
     Args:
         order: ``(B or 1, S)`` index of the key within its document.
-        doc: ``(B or 1, S)`` document run, -1 for a slot that holds nothing; None when all keys are of one document.
+        doc: ``(B or 1, S)`` document run, -1 for a slot that holds nothing; None when all keys are of one
+            document.
         tag: names the axis within one forward, so that tables made from it are shared by the layers.
     """
 
@@ -35,9 +36,10 @@ class Axis(NamedTuple):
 class Clock:
     """How far the rows of a cache have come; shared by the layers of a model.
 
-    ``length`` counts the tokens while all rows go in lockstep, and bounds them afterwards; ``room`` is what full rows
-    hold (None: nothing grows). The tensors exist once segment ids were seen.
-    ``used``: slots filled, ``start``: slot where the current document begins, ``ident``: its id, ``position``: the
+    ``length`` counts the tokens while all rows go in lockstep, and bounds them afterwards; ``room`` is what
+    full rows hold (None: nothing grows). The tensors exist once segment ids were seen.
+    ``used``: slots filled, ``start``: slot where the current document begins, ``ident``: its id,
+        ``position``: the
     position that the next token gets by default; all ``(B,)``.
     """
 
@@ -107,7 +109,8 @@ class Timeline:
         need = int((self.base + self.count()).max()) if clock.ragged else self.past + self.length
         if need > clock.room:
             raise ValueError(
-                f"cache: {need} tokens do not fit max_len={clock.room}; make it with new_cache(batch_size, {need})"
+                f"cache: {need} tokens do not fit max_len={clock.room}; "
+                f"make it with new_cache(batch_size, {need})"
             )
 
     def once(self, key: Hashable, make: Callable[[], object]) -> object:

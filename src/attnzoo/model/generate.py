@@ -45,7 +45,9 @@ def generate(
     for i, prompt in enumerate(prompts):
         tokens[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=device)
         ids[i, longest - len(prompt) :] = 1
-    draws = [torch.Generator().manual_seed((seed or 0) + i) if seed is not None else None for i in range(batch)]
+    draws = [
+        torch.Generator().manual_seed((seed or 0) + i) if seed is not None else None for i in range(batch)
+    ]
     cache = model.new_cache(batch, longest + max_new_tokens, device=device)
     context = None if bool((ids == 1).all()) else Context(segment_ids=ids)
     was_training = model.training
@@ -69,7 +71,11 @@ def generate(
 
 
 def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draws: list[torch.Generator | None]
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    draws: list[torch.Generator | None],
 ) -> Tensor:
     """``(B, vocab)`` -> ``(B,)``."""
     if temperature == 0:
@@ -85,7 +91,11 @@ def _sample(
 
 
 def _check(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> None:
     if not prompts or any(len(p) == 0 for p in prompts):
         raise ValueError("prompts: give at least one prompt of at least one token, got an empty one")

@@ -18,17 +18,20 @@ def parse_layout(layout: str | Sequence[Any], depth: int) -> list[LayerSpec]:
     """One `LayerSpec` per layer.
 
     Args:
-        layout: a name (``"mha"``), a pattern that repeats over the depth (``"gated_deltanet*3,mha"``), or a list with one
-            entry per layer, each a name or a mapping with ``name`` and options.
+        layout: a name (``"mha"``), a pattern that repeats over the depth (``"gated_deltanet*3,mha"``), or a
+            list with one entry per layer, each a name or a mapping with ``name`` and options.
         depth: number of layers.
 
     Raises:
-        ValueError: an empty or malformed pattern, a pattern longer than the depth, or a list of another length.
+        ValueError: an empty or malformed pattern, a pattern longer than the depth, or a list of another
+            length.
     """
     if isinstance(layout, str):
         names = _pattern(layout)
         if len(names) > depth:
-            raise ValueError(f"layout: the pattern has {len(names)} layers, depth is {depth}; shorten it or raise depth")
+            raise ValueError(
+                f"layout: the pattern has {len(names)} layers, depth is {depth}; shorten it or raise depth"
+            )
         return [LayerSpec(names[i % len(names)], {}) for i in range(depth)]
     specs = [_entry(item) for item in layout]
     if len(specs) != depth:

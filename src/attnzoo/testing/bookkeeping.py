@@ -24,7 +24,7 @@ def parameters(subject: Subject) -> None:
 
 
 def flops(subject: Subject) -> None:
-    """A counted run of impl="reference" equals ``executed_flops``; what exceeds ``forward_flops`` is named."""
+    """A counted run of the reference equals ``executed_flops``; what exceeds ``forward_flops`` is named."""
     mixer = subject.mixer(impl="reference").eval()
     for length in (LENGTH, 150):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -32,13 +32,28 @@ def flops(subject: Subject) -> None:
         counted, cost = counter.get_total_flops() / (BATCH * length), mixer.cost(length)
         runs = cost.executed_flops + cost.weight_flops / (BATCH * length)
         if cost.exact:
-            require(abs(runs - counted) <= 1e-9 * counted, f"cost() says {runs:.6g} executed FLOPs per token, a run has {counted:.6g}")
+            require(
+                abs(runs - counted) <= 1e-9 * counted,
+                f"cost() says {runs:.6g} executed FLOPs per token, a run has {counted:.6g}",
+            )
         else:
-            require(counted <= runs * (1 + 1e-9), f"cost() bounds FLOPs per token by {runs:.6g}, a run has {counted:.6g}")
+            require(
+                counted <= runs * (1 + 1e-9),
+                f"cost() bounds FLOPs per token by {runs:.6g}, a run has {counted:.6g}",
+            )
         named = sum(cost.masked.values())
-        require(abs(cost.executed_flops - cost.forward_flops - named) <= 1e-9 * runs, "executed - forward is not what masked names")
-        require(abs(sum(cost.split.values()) - cost.forward_flops) <= 1e-9 * runs, "split does not add up to forward_flops")
-        require(cost.forward_flops <= cost.executed_flops * (1 + 1e-12), "the method needs more than the reference runs")
+        require(
+            abs(cost.executed_flops - cost.forward_flops - named) <= 1e-9 * runs,
+            "executed - forward is not what masked names",
+        )
+        require(
+            abs(sum(cost.split.values()) - cost.forward_flops) <= 1e-9 * runs,
+            "split does not add up to forward_flops",
+        )
+        require(
+            cost.forward_flops <= cost.executed_flops * (1 + 1e-12),
+            "the method needs more than the reference runs",
+        )
         require(cost.train_flops == 3 * cost.forward_flops, "train_flops is not three forwards")
 
 
@@ -67,10 +82,13 @@ def sizes(subject: Subject) -> None:
         mixer = subject.make(dim, heads)
         with torch.no_grad():
             y = mixer(torch.randn(1, 5, dim))
-        require(y.shape == (1, 5, dim) and bool(y.isfinite().all()), f"dim={dim}, num_heads={heads} does not work")
+        require(
+            y.shape == (1, 5, dim) and bool(y.isfinite().all()), f"dim={dim}, num_heads={heads} does not work"
+        )
     mixer, x = subject.mixer(), inputs()
     for ctx, bad, field in (
-        (None, x[..., 1:], "x"), (None, x[:, :0], "x"),
+        (None, x[..., 1:], "x"),
+        (None, x[:, :0], "x"),
         (Context(positions=torch.zeros(3, 3)), x, "positions"),
         (Context(segment_ids=torch.ones(BATCH, 2, dtype=torch.long)), x, "segment_ids"),
         (Context(segment_ids=-torch.ones(BATCH, LENGTH, dtype=torch.long)), x, "segment_ids"),

@@ -21,7 +21,7 @@ GARBAGE = (float("nan"), float("inf"), 1e4)
 
 
 def documents(subject: Subject) -> None:
-    """Packed documents equal each document alone; garbage in padding (NaN too) changes nothing; padding comes out zero."""
+    """Packed documents equal each alone; garbage in padding (NaN too) changes nothing and comes out zero."""
     mixer, x, ids = subject.mixer().eval(), inputs(), torch.tensor(PACKED)
     if not subject.has("packs"):
         _refuses_ids(mixer, x, ids)
@@ -30,7 +30,9 @@ def documents(subject: Subject) -> None:
         for garbage in GARBAGE:
             filled = torch.where((ids == 0)[..., None], torch.full_like(x, garbage), x)
             y = mixer(filled, Context(segment_ids=ids))
-            require(bool((y[ids == 0] == 0).all()), f"outputs at padding are not zero (padding held {garbage})")
+            require(
+                bool((y[ids == 0] == 0).all()), f"outputs at padding are not zero (padding held {garbage})"
+            )
             for b, where in _each_document(ids):
                 alone = mixer(x[b : b + 1, where])[0]
                 error = gap(y[b, where], alone)
@@ -54,7 +56,10 @@ def document_gradients(subject: Subject) -> None:
     noise = 1e-10 * max(float(b.abs().max()) for b in want if b is not None)
     for name, a, b in zip(names, got, want, strict=True):
         if b is None or float(b.abs().max()) <= noise:
-            require(a is None or float(a.abs().max()) <= noise, f"packing gives {name} a gradient that it has not alone")
+            require(
+                a is None or float(a.abs().max()) <= noise,
+                f"packing gives {name} a gradient that it has not alone",
+            )
             continue
         error = gap(a, b)
         require(error <= 1e-9, f"the gradient to {name} of packed documents differs by {error:.1e}")
@@ -88,7 +93,9 @@ def unequal_prompts(subject: Subject) -> None:
         with torch.no_grad():
             cache = mixer.new_cache(3, LENGTH)
             mixer(prompt, Context(segment_ids=ids), cache)
-            more = [torch.stack([x[b, size + s] for b, size in enumerate(sizes)])[:, None] for s in range(steps)]
+            more = [
+                torch.stack([x[b, size + s] for b, size in enumerate(sizes)])[:, None] for s in range(steps)
+            ]
             together = torch.cat([mixer(step, cache=cache) for step in more], dim=1)
             for b, size in enumerate(sizes):
                 alone = mixer(x[b : b + 1, : size + steps])[0, size:]

@@ -45,17 +45,22 @@ def decode_positions(subject: Subject) -> None:
 
 
 def cache_bytes(subject: Subject) -> None:
-    """``nbytes == batch * (ceil(max_len * cache_bytes_per_token) + state_bytes)``, and use does not change it."""
+    """``nbytes == batch * (ceil(max_len * cache_bytes_per_token) + state_bytes)``, before and after use."""
     if not subject.has("decodes"):
         return
     for module_dtype, dtype, max_len in (
-        (torch.float32, torch.bfloat16, 37), (torch.float32, torch.float32, LENGTH), (torch.float64, torch.float64, 64),
+        (torch.float32, torch.bfloat16, 37),
+        (torch.float32, torch.float32, LENGTH),
+        (torch.float64, torch.float64, 64),
     ):
         mixer = subject.mixer(module_dtype).eval()
         cost = mixer.cost(max_len, dtype=dtype)
         cache = mixer.new_cache(3, max_len, dtype=dtype)
         promised = 3 * (math.ceil(max_len * cost.cache_bytes_per_token) + cost.state_bytes)
-        require(cache.nbytes == promised, f"cost() promises {promised} bytes of {dtype} cache, it has {cache.nbytes}")
+        require(
+            cache.nbytes == promised,
+            f"cost() promises {promised} bytes of {dtype} cache, it has {cache.nbytes}",
+        )
         with torch.no_grad():
             mixer(inputs(batch=3, dtype=module_dtype), cache=cache)
         require(cache.nbytes == promised, f"the cache grew from {promised} to {cache.nbytes} bytes in use")

@@ -22,26 +22,33 @@ def row_independent(subject: Subject) -> None:
 
 def forms(subject: Subject) -> None:
     """The default implementation equals impl="reference", values and gradients; chunk sizes do not matter."""
-    cases = [{"impl": "reference"}, *({"chunk_size": c} for c in (1, 3, 8, 64) if "chunk_size" in subject.takes)]
+    cases = [
+        {"impl": "reference"},
+        *({"chunk_size": c} for c in (1, 3, 8, 64) if "chunk_size" in subject.takes),
+    ]
     x, probe = inputs(), inputs(seed=3)
 
     def run(**more: object) -> list[torch.Tensor]:
         mixer, leaf = subject.mixer(**more), x.clone().requires_grad_()
         y = mixer(leaf)
-        grads = torch.autograd.grad((y * probe).sum(), [leaf, *(p for p in mixer.parameters() if p.requires_grad)],
-                                    allow_unused=True)
+        grads = torch.autograd.grad(
+            (y * probe).sum(), [leaf, *(p for p in mixer.parameters() if p.requires_grad)], allow_unused=True
+        )
         return [y.detach(), *(g for g in grads if g is not None)]
 
     want = run()
     for case in cases:
         got = run(**case)
         require(len(got) == len(want), f"{case} reaches other parameters than the default")
-        worst = max(gap(a, b) if float(b.abs().max()) > 1e-12 else float(a.abs().max()) for a, b in zip(got, want, strict=True))
+        worst = max(
+            gap(a, b) if float(b.abs().max()) > 1e-12 else float(a.abs().max())
+            for a, b in zip(got, want, strict=True)
+        )
         require(worst <= 1e-9, f"{case} differs by {worst:.1e} from the default implementation")
 
 
 def gradients(subject: Subject) -> None:
-    """Every parameter gets a finite gradient that is not zero; exceptions are on the card, with the reason, and true."""
+    """Every parameter gets a finite gradient that is not zero; exceptions are on the card, and true."""
     if not subject.has("trains"):
         return
     mixer, collector = subject.mixer().train(), Collector()
@@ -54,7 +61,9 @@ def gradients(subject: Subject) -> None:
             continue
         require(reached, f"{name} gets no gradient")
         require(bool(param.grad.isfinite().all()), f"{name} gets a gradient that is not finite")
-    require(all(n in dict(mixer.named_parameters()) for n in subject.card.no_grad), "no_grad names no parameter")
+    require(
+        all(n in dict(mixer.named_parameters()) for n in subject.card.no_grad), "no_grad names no parameter"
+    )
 
 
 def finite(subject: Subject) -> None:
@@ -68,7 +77,9 @@ def finite(subject: Subject) -> None:
                 require(y.dtype == dtype, f"{dtype} in, {y.dtype} out")
                 require(y.shape == x.shape, f"x {tuple(x.shape)} in, y {tuple(y.shape)} out")
                 require(bool(y.isfinite().all()), f"y is not finite at x * {scale}, T={length}, {dtype}")
-                grads = torch.autograd.grad(y.float().square().mean(), [x, *mixer.parameters()], allow_unused=True)
+                grads = torch.autograd.grad(
+                    y.float().square().mean(), [x, *mixer.parameters()], allow_unused=True
+                )
                 bad = any(g is not None and not bool(g.isfinite().all()) for g in grads)
                 require(not bad, f"a gradient is not finite at x * {scale}, T={length}, {dtype}")
 

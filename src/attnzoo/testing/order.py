@@ -1,4 +1,4 @@
-"""Properties of order: nothing reads the future, and the length of a sequence does not matter to its beginning."""
+"""Properties of order: nothing reads the future, and how long a sequence is does not matter to its start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def causal(subject: Subject) -> None:
 
 
 def causal_gradient(subject: Subject) -> None:
-    """The gradient of y_i with respect to x_j is exactly zero for j > i, through routing and selection too."""
+    """The gradient of y_i to x_j is exactly zero for j > i, through routing and selection too."""
     if not subject.has("causal"):
         return
     mixer = subject.mixer()
@@ -50,6 +50,8 @@ def prefix_consistent(subject: Subject) -> None:
         y = mixer(x)
         worst = max(gap(mixer(x[:, :t]), y[:, :t]) for t in range(1, LENGTH))
     if subject.has("prefix_consistent"):
-        require(worst <= 1e-11, f"the output of a prefix differs by {worst:.1e} from the prefix of the output")
+        require(
+            worst <= 1e-11, f"the output of a prefix differs by {worst:.1e} from the prefix of the output"
+        )
     else:
         require(worst > 1e-6, "the card says prefix_consistent=False, but every prefix agrees")

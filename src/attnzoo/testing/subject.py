@@ -33,10 +33,14 @@ class Subject:
     @classmethod
     def of(cls, name: str, **options: Any) -> Subject:
         """The registered variant ``name``."""
-        return cls(lambda dim, num_heads, **more: registry.create(name, dim, num_heads, **more), registry.card(name), options)
+        return cls(
+            lambda dim, num_heads, **more: registry.create(name, dim, num_heads, **more),
+            registry.card(name),
+            options,
+        )
 
     def mixer(self, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Mixer:
-        """A mixer with scattered parameters: an initialisation near zero or the identity would hide mistakes."""
+        """A mixer with scattered parameters: starts near zero or the identity would hide mistakes."""
         torch.manual_seed(seed)
         mixer = self.make(DIM, HEADS, **{**self.options, **more})
         with torch.no_grad():
@@ -55,9 +59,13 @@ class Subject:
         return set(self.card.defaults)
 
 
-def inputs(seed: int = 1, batch: int = BATCH, length: int = LENGTH, dtype: torch.dtype = torch.float64) -> Tensor:
+def inputs(
+    seed: int = 1, batch: int = BATCH, length: int = LENGTH, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """``(B, T, D)`` standard normal."""
-    return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        batch, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def gap(a: Tensor, b: Tensor) -> float:

@@ -11,11 +11,26 @@ from attnzoo.testing.subject import Subject
 PROPERTIES: dict[str, Callable[[Subject], None]] = {
     f.__name__: f
     for f in (
-        order.causal, order.causal_gradient, order.prefix_consistent,
-        memory.decode, memory.decode_positions, memory.cache_bytes,
-        documents.documents, documents.document_gradients, documents.document_decode, documents.unequal_prompts,
-        numerics.row_independent, numerics.forms, numerics.gradients, numerics.finite, numerics.low_precision,
-        bookkeeping.parameters, bookkeeping.flops, bookkeeping.state_dict, bookkeeping.seeded, bookkeeping.sizes,
+        order.causal,
+        order.causal_gradient,
+        order.prefix_consistent,
+        memory.decode,
+        memory.decode_positions,
+        memory.cache_bytes,
+        documents.documents,
+        documents.document_gradients,
+        documents.document_decode,
+        documents.unequal_prompts,
+        numerics.row_independent,
+        numerics.forms,
+        numerics.gradients,
+        numerics.finite,
+        numerics.low_precision,
+        bookkeeping.parameters,
+        bookkeeping.flops,
+        bookkeeping.state_dict,
+        bookkeeping.seeded,
+        bookkeeping.sizes,
         bookkeeping.default_positions,
     )
 }
@@ -26,13 +41,15 @@ def check(target: str | Subject, **options: Any) -> list[str]:
 
     Args:
         target: a registered name, or a `Subject` for a mixer that is not registered.
-        options: of the variant. Without any, the defaults are tested, and the card's ``small`` options as well.
+        options: of the variant. Without any, the defaults are tested, and the card's ``small`` options as
+            well.
 
     Returns:
         The names of the properties that hold.
 
     Raises:
-        AssertionError: naming the variant, its options, and every property that does not hold, with the reason.
+        AssertionError: naming the variant, its options, and every property that does not hold, with the
+            reason.
     """
     subject = Subject.of(target, **options) if isinstance(target, str) else target
     cases = [subject]
@@ -43,8 +60,10 @@ def check(target: str | Subject, **options: Any) -> list[str]:
         for name, holds in PROPERTIES.items():
             try:
                 holds(case)
-            except Exception as error:  # noqa: BLE001 (whatever a broken mixer raises is a finding)
+            except Exception as error:
                 failures.append(f"{name} {dict(case.options) or ''}: {error}")
     if failures:
-        raise AssertionError(f"{subject.card.name} breaks {len(failures)} properties:\n  " + "\n  ".join(failures))
+        raise AssertionError(
+            f"{subject.card.name} breaks {len(failures)} properties:\n  " + "\n  ".join(failures)
+        )
     return list(PROPERTIES)

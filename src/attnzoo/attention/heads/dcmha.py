@@ -7,9 +7,10 @@ Improving Transformers with Dynamically Composable Multi-Head Attention, arXiv 2
     Compose(a) = a (I + W_b) + sum_r (a . w1_i,r) w2_i,r + sum_r (a . w1_j,r) w2_j,r + a * g_i + a * g_j
     p = softmax_j(Compose_pre(s)),  p' = Compose_post(p), 0 where masked,  o_h = sum_j p'_ij,h v_j,h
 
-Cached: k, v and the key side of both compositions in rank form, 2 H d + 2 (2 I + 1) H per token.
-Our choice: ``zero_init`` starts exactly at the host; with static weights I + W_b is meant in training and decode alike
-(the released code disagrees with itself). Gains of qk_norm follow the frame's option, on by default as at 405M.
+Cached: k, v and the key side of both compositions in rank form, 2 H d + 2 (2 I + 1) H per token. Our choice:
+``zero_init`` starts exactly at the host; with static weights I + W_b is meant in training and decode alike
+(the released code disagrees with itself). Gains of qk_norm follow the frame's option, on by default as at
+405M.
 """
 
 from __future__ import annotations

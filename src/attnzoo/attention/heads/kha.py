@@ -2,13 +2,13 @@
 
 Knocking-Heads Attention, arXiv 2510.23052.
 
-    linear: q~_h = q_h T_Q,  k~_h = k_h T_K,  v~_h = v_h T_V          T shared by the heads, identity at the start
+    linear: q~_h = q_h T_Q,  k~_h = k_h T_K,  v~_h = v_h T_V          T shared, identity at the start
     mlp:    v~_h = 2 [(v_h W_up) * sigmoid(v_h W_gate)] W_down         the identity at the start
     gate:   v~_h = 2 v_h * sigmoid(v_h W_gate)                         the paper's negative ablation
     then qk-norm, RoPE and attention as in the host.
 
-Cached: as the host, from the mapped k and v. Our choice: the shared maps are not decayed (decay pulls them to 0, not to
-the identity) unless ``decay_shared``.
+Cached: as the host, from the mapped k and v. Our choice: the shared maps are not decayed (decay pulls them to
+0, not to the identity) unless ``decay_shared``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class SharedHeadMap(Stage):
 
     rank = 20
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], kind: str, targets: tuple[str, ...], decay: bool) -> None:
+    def __init__(
+        self, shapes: dict[str, tuple[int, int]], kind: str, targets: tuple[str, ...], decay: bool
+    ) -> None:
         super().__init__()
         self.shapes, self.kind, self.targets = shapes, kind, targets
         parts = {"linear": ("T",), "mlp": ("up", "gate", "down"), "gate": ("gate",)}[kind]
@@ -44,7 +46,9 @@ class SharedHeadMap(Stage):
             width = shapes[target][1]
             for part in parts:
                 start = torch.zeros(width, width) if part == "gate" else torch.eye(width)
-                self.register_parameter(f"{part}_{target}", flag(nn.Parameter(start), decay=decay, reinit=False))
+                self.register_parameter(
+                    f"{part}_{target}", flag(nn.Parameter(start), decay=decay, reinit=False)
+                )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(

@@ -8,10 +8,11 @@ MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842.
     y = concat_h(gamma_h o_h) W_o
     balance loss = E sum_e f_e mean(pi_e),  f_e the share of tokens that chose e; K when balanced
 
-Cached: as the host (a later token may choose any head). The equations are the released code's; ``gate_form: paper``
-leaves out the renormalisation and the factors K, H_s, 2. Gradient class: the gate multiplies the output, the choice
-itself has none. Our choice: a quarter of the heads is shared by default and three quarters are active, as many as in
-MoH-LLaMA3; with K = 1 the renormalised gate would be constant, and only the balance loss would teach the router.
+Cached: as the host (a later token may choose any head). The equations are the released code's; ``gate_form:
+paper`` leaves out the renormalisation and the factors K, H_s, 2. Gradient class: the gate multiplies the
+output, the choice itself has none. Our choice: a quarter of the heads is shared by default and three quarters
+are active, as many as in MoH-LLaMA3; with K = 1 the renormalised gate would be constant, and only the balance
+loss would teach the router.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Multi-head latent attention: keys and values are made from one cached low-rank latent and one shared rotary key.
+"""Multi-head latent attention: keys and values are made from one cached low-rank latent and one shared rotary
+key.
 
 DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
 
@@ -6,11 +7,11 @@ DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
     [c_0 ; k_r] = x W_dkv,  c = RMSNorm(c_0),  RoPE on q_r and on k_r (one head, not normed)
     [k_n,h ; v_h] = c W_ukv
     s_ij,h = (q_n,h . k_n,h + q_r,h . k_r) / sqrt(d_n + d_r),  y = concat_h(sum_j softmax_j(s) v_h) W_o
-    absorbed: q~_h = q_n,h U_K,h^T against c itself, o_h = (sum_j p_j c_j) U_V,h: one key head of width d_c + d_r
+    absorbed: q~_h = q_n,h U_K,h^T against c itself, o_h = (sum_j p_j c_j) U_V,h: one key head, d_c + d_r wide
 
-Cached: c after its norm and k_r after RoPE, d_c + d_r per token. The absorbed form runs where it needs fewer FLOPs
-(decode), the materialised one elsewhere. Our choice: default widths d_n = d_v = D / H, d_r half of it (even),
-d_c = min(4, H) D / H, no query latent.
+Cached: c after its norm and k_r after RoPE, d_c + d_r per token. The absorbed form runs where it needs fewer
+FLOPs (decode), the materialised one elsewhere. Our choice: default widths d_n = d_v = D / H, d_r half of it
+(even), d_c = min(4, H) D / H, no query latent.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Late
-from attnzoo.ops.fused import rms_norm
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
+from attnzoo.ops.fused import rms_norm
 from attnzoo.registry import Card, register
 
 
@@ -34,7 +35,8 @@ class Latent(Late, Stage):
     """Late projection from rows ``latent`` (1, d_c) and ``k_rope`` (1, d_r).
 
     Args:
-        widths: d_n, d_r, d_v; rank: d_c; q_rank: r_q, 0 = queries straight from x; norm: RMSNorm on the latents.
+        widths: d_n, d_r, d_v; rank: d_c; q_rank: r_q, 0 = queries straight from x; norm: RMSNorm on the
+            latents.
     """
 
     def __init__(
@@ -42,7 +44,12 @@ class Latent(Late, Stage):
     ) -> None:
         super().__init__()
         self.dim, self.heads, self.widths, self.rank, self.q_rank, self.eps = (
-            draft.dim, draft.num_heads, widths, rank, q_rank, eps,
+            draft.dim,
+            draft.num_heads,
+            widths,
+            rank,
+            q_rank,
+            eps,
         )
         d_n, d_r, d_v = widths
         self.turned = ("k_rope",) if d_r else ()
@@ -59,7 +66,9 @@ class Latent(Late, Stage):
         """q ``(B, H, T, d_n)``, its rotary part ``(B, H, T, d_r)``, and the rows to cache."""
         d_n, d_r, _ = self.widths
         c_q = self._normed(self.q_down(x), self.q_gain) if self.q_rank else x
-        q, q_rot = self.q_up(c_q).unflatten(-1, (self.heads, d_n + d_r)).transpose(1, 2).split([d_n, d_r], dim=-1)
+        q, q_rot = (
+            self.q_up(c_q).unflatten(-1, (self.heads, d_n + d_r)).transpose(1, 2).split([d_n, d_r], dim=-1)
+        )
         c, k_rot = self.kv_down(x)[:, None].split([self.rank, d_r], dim=-1)
         rows = {"latent": self._normed(c, self.kv_gain)}
         return q, q_rot, rows | ({"k_rope": k_rot} if d_r else {})
@@ -77,7 +86,9 @@ class Latent(Late, Stage):
         """Queries and keys with their rotary slices appended."""
         if not self.turned:
             return q, k
-        return torch.cat([q, q_rot], dim=-1), torch.cat([k, rows["k_rope"].expand(-1, self.heads, -1, -1)], dim=-1)
+        return torch.cat([q, q_rot], dim=-1), torch.cat(
+            [k, rows["k_rope"].expand(-1, self.heads, -1, -1)], dim=-1
+        )
 
     def absorbs(self, new: int, keys: int) -> bool:
         d_n, d_r, d_v = self.widths
@@ -107,7 +118,9 @@ class Latent(Late, Stage):
         per = 2 * length
         if self.q_rank:
             yield Work("projections", "W_dq", per * self.dim * self.q_rank)
-        yield Work("projections", "W_uq", per * (self.q_rank or self.dim) * self.heads * (d_n + d_r), per_head=True)
+        yield Work(
+            "projections", "W_uq", per * (self.q_rank or self.dim) * self.heads * (d_n + d_r), per_head=True
+        )
         yield Work("projections", "W_dkv", per * self.dim * (self.rank + d_r))
         yield Work("projections", "W_ukv", per * self.rank * self.heads * (d_n + d_v))
 
@@ -149,7 +162,8 @@ def mla(
         latent_norm: RMSNorm on both latents. allow_expand: lets d_c reach H (d_n + d_v).
 
     Shape: (B, T, D) -> (B, T, D).
-    Reduces to: gqa without positions, with d_r = 0, no norm and a block-selecting W_ukv; its own absorbed form.
+    Reduces to: gqa without positions, with d_r = 0, no norm and a block-selecting W_ukv; its own absorbed
+        form.
     """
     H, width, rope = draft.num_heads, draft.head_dim, draft.host["pos"] == "rope"
     d_n = width if qk_nope_head_dim is None else qk_nope_head_dim
@@ -162,10 +176,13 @@ def mla(
     if q_lora_rank < 0:
         raise ValueError(f"q_lora_rank: must be at least 0 (0 = none), got {q_lora_rank}")
     if rope != (d_r > 0):
-        raise ValueError(f"qk_rope_head_dim: must be {'positive' if rope else '0'} with pos={draft.host['pos']}, got {d_r}")
+        raise ValueError(
+            f"qk_rope_head_dim: must be {'positive' if rope else '0'} with pos={draft.host['pos']}, got {d_r}"
+        )
     if rank >= H * (d_n + d_v) and not allow_expand:
         raise ValueError(
-            f"kv_lora_rank: {rank} does not compress H (d_n + d_v) = {H * (d_n + d_v)}; lower it or set allow_expand=true"
+            f"kv_lora_rank: {rank} does not compress H (d_n + d_v) = {H * (d_n + d_v)}; "
+            "lower it or set allow_expand=true"
         )
 
     def unshared(done: Draft) -> None:
@@ -176,4 +193,6 @@ def mla(
 
     draft.last(unshared)
     draft.head_dim, draft.v_head_dim, draft.rotary = d_n, d_v, d_r
-    draft.put("project", Latent(draft, (d_n, d_r, d_v), rank, q_lora_rank, latent_norm, draft.host["norm_eps"]))
+    draft.put(
+        "project", Latent(draft, (d_n, d_r, d_v), rank, q_lora_rank, latent_norm, draft.host["norm_eps"])
+    )

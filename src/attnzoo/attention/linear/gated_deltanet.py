@@ -1,14 +1,15 @@
 """Gated DeltaNet: a fast-weight memory that forgets by a gate and overwrites what a key held.
 
-Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; the delta rule in parallel, 2406.06484.
+Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464; the delta rule in parallel,
+2406.06484.
 
     q, k, v = silu(conv(x W)),  q, k of unit length per head
     g_t = -exp(A_log) softplus(x W_a + dt_bias),  beta_t = sigmoid(x W_beta)         per value head
     S <- exp(g_t) S,   S <- S + beta_t k_t (v_t - S^T k_t)^T,   o_t = S^T q_t / sqrt(d_k)
     y = concat(RMSNorm_head(o) * silu(x W_g)) W_o
 
-Cached: S (H_v d_k d_v) in fp32 and the last conv_kernel - 1 inputs of each convolution.
-Our choice: d_k = 3/4 of D / H, so that a layer has about 6 D^2 parameters; A_log = log U(1e-3, 16), finite.
+Cached: S (H_v d_k d_v) in fp32 and the last conv_kernel - 1 inputs of each convolution. Our choice: d_k = 3/4
+of D / H, so that a layer has about 6 D^2 parameters; A_log = log U(1e-3, 16), finite.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ def gated_deltanet(
         draft.head_dim = max(1, 3 * draft.dim // (4 * H))
     d_v = draft.head_dim * expand_v
     if d_v < 1 or d_v != int(d_v):
-        raise ValueError(f"expand_v: head_dim={draft.head_dim} times it must be a whole number, got {expand_v} ({d_v})")
+        raise ValueError(
+            f"expand_v: head_dim={draft.head_dim} times it must be a whole number, got {expand_v} ({d_v})"
+        )
     draft.v_head_dim, draft.o_heads = int(d_v), H_v
     acts = [F.silu] * 3
     shapes = list(draft.shapes().values())

@@ -6,8 +6,8 @@ GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpo
     o_i,h = sum_(j <= i) softmax_j(q_i,h . k_j,g / sqrt(d)) v_j,g        g = floor(h G / H)
     y     = concat_h(o) W_o
 
-Cached: k (after RoPE) and v, 2 G d per token.
-Our choice: the default G is the largest divisor of H that is at most max(1, H / 4), the ratio of most released models.
+Cached: k (after RoPE) and v, 2 G d per token. Our choice: the default G is the largest divisor of H that is
+at most max(1, H / 4), the ratio of most released models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from attnzoo.registry import Card, register
         family="sharing",
         summary="G key/value heads, each serving a group of consecutive query heads.",
         cached="k, v: 2 G d per token",
-        claims=("T5-XXL uptrained 5 %: 47.1 against 47.2 of mha on the task average, at nearly mqa's speed (GQA-8)",),
+        claims=(
+            "T5-XXL uptrained 5 %, 8 groups: 47.1 against 47.2 of mha on average, at nearly mqa's speed",
+        ),
         small={"num_kv_heads": 2},
     ),
 )
@@ -33,7 +35,8 @@ def gqa(draft: Draft) -> None:
     """The frame with ``num_kv_heads`` groups.
 
     Shape: (B, T, D) -> (B, T, D).
-    Reduces to: mha with num_kv_heads = num_heads; mqa with num_kv_heads = 1; mha whose key and value heads are copies.
+    Reduces to: mha with num_kv_heads = num_heads; mqa with num_kv_heads = 1; mha whose key and value heads
+        are copies.
     """
     if draft.host["num_kv_heads"] is None:
         H = draft.num_heads

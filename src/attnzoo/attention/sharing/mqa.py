@@ -6,8 +6,8 @@ Fast Transformer Decoding: One Write-Head is All You Need, arXiv 1911.02150.
     o_i,h = sum_(j <= i) softmax_j(q_i,h . k_j / sqrt(d)) v_j
     y     = concat_h(o) W_o
 
-Cached: k (after RoPE) and v, 2 d per token.
-The paper widens the MLP to keep the parameter count; that is the model's ``mlp_hidden``, not the mixer's.
+Cached: k (after RoPE) and v, 2 d per token. The paper widens the MLP to keep the parameter count; that is the
+model's ``mlp_hidden``, not the mixer's.
 """
 
 from __future__ import annotations

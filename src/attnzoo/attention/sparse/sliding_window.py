@@ -5,10 +5,10 @@ Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453; the 
     visible(i, j) = j <= i  and  (i - j < w  or  j < n_sink)
     o_i,h = sum_(j visible) softmax_j(q_i,h . k_j,h / sqrt(d)) v_j,h
 
-w counts the query's own token; places are counted inside the document.
-Cached: a ring of w rows and n_sink fixed rows of k (after RoPE) and v, whatever the length.
-Our choice: positions stay absolute in training and decode (the paper's re-indexing inside the cache only differs once
-tokens were evicted, from a model trained with full attention).
+w counts the query's own token; places are counted inside the document. Cached: a ring of w rows and n_sink
+fixed rows of k (after RoPE) and v, whatever the length. Our choice: positions stay absolute in training and
+decode (the paper's re-indexing inside the cache only differs once tokens were evicted, from a model trained
+with full attention).
 """
 
 from __future__ import annotations

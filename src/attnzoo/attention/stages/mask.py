@@ -17,8 +17,10 @@ from attnzoo.attention.timeline import Axis
 class Mask:
     """A relation between the place of a query and of a key in their document; documents never mix.
 
-    Faces: `visible` (tensors of places), `dense` (a table, for tests), `mask_mod` (FlexAttention), `span` (which
-    keys a run of queries needs, so that kernels and chunk loops skip the rest), `retain` (what a cache must keep).
+    Faces: `visible` (tensors of places), `dense` (a table, for tests), `mask_mod` (FlexAttention), `span`
+        (which
+    keys a run of queries needs, so that kernels and chunk loops skip the rest), `retain` (what a cache must
+    keep).
     """
 
     def rule(self, q: Tensor, k: Tensor) -> Tensor:
@@ -183,14 +185,17 @@ class Static(Stage):
 
 
 def band(window: int | None = None, n_sink: int = 0) -> Mask:
-    """The causal mask, in a window of ``window`` keys plus the document's first ``n_sink`` where a window is given.
+    """The causal mask, in a window of ``window`` keys plus the document's first ``n_sink`` where a window is
+    given.
 
     Raises:
         ValueError: ``window`` < 1, ``n_sink`` < 0, or sinks without a window.
     """
     if window is None:
         if n_sink:
-            raise ValueError(f"n_sink: sinks extend a window, got n_sink={n_sink} without window; set window as well")
+            raise ValueError(
+                f"n_sink: sinks extend a window, got n_sink={n_sink} without window; set window as well"
+            )
         return Causal()
     if window < 1:
         raise ValueError(f"window: must be at least 1 (the query's own token counts), got {window}")
