@@ -58,6 +58,7 @@ def test_every_name_of_a_checkpoint_finds_it(finished: Path) -> None:
 
 
 def test_only_the_newest_are_kept_and_last_names_the_newest(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000001.pt.7.tmp").write_bytes(b"of a killed process")
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, content(), keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [

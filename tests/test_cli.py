@@ -111,6 +111,16 @@ def test_train_from_the_shell(made: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["runs"] and folder.parent == tmp_path / "runs"
 
 
+def test_a_terminal_gets_a_bar(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["train", *overrides(made, f"hydra.run.dir={made / 'bar'}", "trainer.val_every=2")]) == 0
+    out = capsys.readouterr().out
+    assert "━" in out and "100%" in out and "step 4/4 · loss" in out and "tokens/s" in out
+    assert out.count("validation ") == 2  # above the bar, one line each
+
+
 def test_multirun(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

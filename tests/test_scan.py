@@ -1,8 +1,7 @@
-"""The scan: every transition class against foreign outputs, its own other forms and at the extremes."""
+"""The scan: every transition class against foreign outputs and against its own other forms; what it costs."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,77 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnzoo_kernels.scan import scan, scan_flops
+from scans import CLASSES, Operands, assert_same, forms, gradients, make, runs, start
 
 GOLDEN = Path(__file__).parent / "golden"
 PACKED = ["a_nodecay", "a_scalar", "b_diag", "c_delta", "c_gated", "c_diag", "d_dplr"]
-Operands = dict[str, torch.Tensor]
-# gate, transition and the kind that scan_flops bills
-CLASSES = {
-    "none": "scalar",
-    "constant": "scalar",
-    "scalar": "scalar",
-    "diagonal": "diagonal",
-    "none-delta": "delta",
-    "constant-delta": "delta",
-    "scalar-delta": "delta",
-    "diagonal-delta": "delta_diagonal",
-    "none-rank_one": "rank_one",
-    "scalar-rank_one": "rank_one",
-    "diagonal-rank_one": "rank_one",
-}
-
-
-def make(name: str, B: int = 2, T: int = 37, H: int = 2, K: int = 6, V: int = 4) -> Operands:
-    """fp64 operands of a class; keys have unit length."""
-    gate, _, transition = name.partition("-")
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64)
-
-    x = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, H, V)}
-    x["k"] = x["k"] / x["k"].norm(dim=-1, keepdim=True)
-    shape = {"constant": (H,), "scalar": (B, T, H), "diagonal": (B, T, H, K)}.get(gate)
-    if shape:
-        x["g"] = -torch.rand(shape, dtype=torch.float64)
-    if transition == "delta":
-        x["beta"] = 1.8 * torch.rand(B, T, H, dtype=torch.float64)
-    if transition == "rank_one":
-        x["e"], x["a"] = 0.3 * normal(B, T, H, K), 0.3 * normal(B, T, H, K)
-    return x
-
-
-def start(x: Operands) -> torch.Tensor:
-    """An initial state for operands from `make`."""
-    return torch.randn(x["q"].shape[0], *x["q"].shape[2:], x["v"].shape[-1], dtype=torch.float64)
-
-
-def runs(B: int, T: int) -> torch.Tensor:
-    """Nondecreasing document indices, some of which are skipped."""
-    return torch.randint(0, 6, (B, T)).sort(-1).values
-
-
-def gradients(x: Operands, do: torch.Tensor, dS: torch.Tensor, **kwargs) -> Operands:
-    """Outputs o and S and the gradient of <o, do> + <S, dS> to every operand, named d<operand>."""
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in x.items()}
-    o, S = scan(**leaves, output_final_state=True, **kwargs)
-    loss = (o.to(do.dtype) * do).sum() + (S.to(dS.dtype) * dS).sum()
-    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return {"o": o.detach(), "S": S.detach()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1.0)).item()
-
-
-def assert_same(actual: Operands, expected: Operands, tolerance: float = 1e-9) -> None:
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert error(actual[name], value) < tolerance, name
-
-
-def forms(x: Operands) -> list[dict]:
-    chunked = [{"chunk_size": C} for C in (1, 16, 64)]
-    return [{"form": "recurrent"}, *chunked, *([] if "a" in x else [{"form": "quadratic"}])]
 
 
 @pytest.mark.parametrize("name", ["a_const", *PACKED])
@@ -217,97 +149,6 @@ def test_packed_documents_are_separate(name: str) -> None:
     packed, _ = scan(**x, initial_state=initial, segments=segments - 1, chunk_size=8)
     first, _ = scan(**{n: v[0] for n, v in parts.items()}, initial_state=initial, form="recurrent")
     assert_same({"o": packed}, {"o": torch.cat([first, *[o for o, _ in alone[1:]]], 1)})
-
-
-@pytest.mark.parametrize("name", [name for name in CLASSES if not name.startswith("none")])
-@pytest.mark.parametrize("low", [-50.0, -math.inf])
-def test_extreme_gates(name: str, low: float) -> None:
-    """Gates of 0, -1e-7 and -50 (or -inf) side by side: finite everywhere and as good as the recurrence."""
-    x = make(name, T=100, K=16)
-    pick = torch.rand_like(x["g"])
-    for below, value in ((0.8, -1e-7), (0.5, 0.0), (0.2, low)):
-        x["g"] = torch.where(pick < below, value, x["g"])
-    x["initial_state"] = start(x)
-    do, dS = torch.randn_like(x["v"]), torch.randn_like(x["initial_state"])
-    exact = gradients(x, do, dS, form="recurrent")
-    assert_same(gradients(x, do, dS), exact, 1e-10)
-    check_rounding({n: v.float() for n, v in x.items()}, do, dS)
-
-
-def check_rounding(x: Operands, do: torch.Tensor, dS: torch.Tensor) -> None:
-    """Error against fp64 within twice that of the recurrence in the same precision and a rounding band.
-
-    The band is one rounding of the result, or of the fp32 work behind it: a random walk over the 64 terms of
-    a chunk. A constant gate adds the same errors up at every token of a chunk.
-    """
-    exact = gradients({n: v.double() for n, v in x.items()}, do, dS, form="recurrent")
-    same = gradients(x, do, dS, form="recurrent")
-    for name, value in gradients(x, do, dS).items():
-        assert value.isfinite().all(), name
-        terms = 64 if value.dim() == 1 else math.sqrt(64)
-        band = max(torch.finfo(value.dtype).eps, terms * torch.finfo(torch.float32).eps) / 2
-        assert error(value, exact[name]) <= 2 * (error(same[name], exact[name]) + band), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CLASSES)
-def test_low_precision(name: str, dtype: torch.dtype) -> None:
-    x = make(name, T=150, K=16, V=24)
-    x = {n: v.to(dtype if n in ("q", "k", "v") else torch.float32) for n, v in x.items()}
-    x["initial_state"] = torch.randn(2, 2, 16, 24)
-    o, S = scan(**x, output_final_state=True)
-    assert (o.dtype, S.dtype) == (dtype, torch.float32)
-    check_rounding(x, torch.randn(2, 150, 2, 24).double(), torch.randn(2, 2, 16, 24).double())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(scan(**x)[0], o)
-
-
-def test_repeated_keys_do_not_blow_up() -> None:
-    """The same key at beta = 2 flips the state at every token; powers of the matrix would reach 1e18."""
-    x = {n: v.float() for n, v in make("none-delta", T=64).items()}
-    x["k"] = x["k"][:, :1].expand_as(x["k"]).contiguous()
-    x["beta"] = torch.full_like(x["beta"], 2.0)
-    exact, _ = scan(**{n: v.double() for n, v in x.items()}, form="recurrent")
-    assert error(scan(**x)[0], exact) < 1e-4
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_causal(name: str) -> None:
-    x = make(name, B=1, T=21)
-    leaves = {n: v.requires_grad_() for n, v in x.items()}
-    o, _ = scan(**leaves, chunk_size=8)
-    for t in (0, 6, 7, 8, 20):
-        grads = torch.autograd.grad(o[:, t].sum(), list(leaves.values()), retain_graph=True)
-        for n, grad in zip(leaves, grads, strict=True):
-            if grad.dim() > 1:
-                assert not grad[:, t + 1 :].any(), n
-        later = {n: v.detach() if v.dim() == 1 else v.detach().clone() for n, v in x.items()}
-        for value in later.values():
-            if value.dim() > 1:
-                value[:, t + 1 :] *= 3
-        assert torch.equal(scan(**later, chunk_size=8)[0][:, : t + 1], o[:, : t + 1])
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_gradcheck(name: str) -> None:
-    x = make(name, B=1, T=7, H=1, K=3, V=2)
-    x["initial_state"] = start(x)
-    segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
-
-    def call(*values: torch.Tensor, form: dict) -> tuple[torch.Tensor, ...]:
-        return scan(**dict(zip(x, values, strict=True)), output_final_state=True, **form)
-
-    for form in ({"chunk_size": 3}, {"chunk_size": 4, "segments": segments}):
-        values = [value.requires_grad_() for value in x.values()]
-        assert torch.autograd.gradcheck(lambda *v, form=form: call(*v, form=form), values)
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_second_derivatives_are_refused(name: str) -> None:
-    x = {n: v.requires_grad_() for n, v in make(name).items()}
-    with pytest.raises(RuntimeError, match="no second derivatives; use form='recurrent'"):
-        torch.autograd.grad(scan(**x)[0].sum(), list(x.values()), create_graph=True)
-    torch.autograd.grad(scan(**x, form="recurrent")[0].sum(), list(x.values()), create_graph=True)
 
 
 @pytest.mark.parametrize(("T", "chunk_size"), [(1, 64), (2, 1), (37, 64), (64, 16), (70, 64), (65, 24)])

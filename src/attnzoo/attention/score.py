@@ -20,8 +20,7 @@ from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 
 
 class Early:
-    """Marks projections whose k and v exist before the cache: ``qkv(x, call) -> (q, k, v)``.
-    """
+    """Marks projections whose k and v exist before the cache: ``qkv(x, call) -> (q, k, v)``."""
 
     late = False
 

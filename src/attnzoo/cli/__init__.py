@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-USAGE_ERROR, RUN_ERROR = 2, 1
+USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 TRAIN_HELP = "train a model: attnzoo train [group=choice] [key=value] [-m] [--cfg job]"
 
 
@@ -35,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _command("train", "train")(arguments[1:])
         options = _parser().parse_args(arguments)
         return options.command(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return RUN_ERROR
     except Exception as error:
         return report(error)
 

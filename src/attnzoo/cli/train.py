@@ -18,11 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo import list_variants
-from attnzoo.cli import report
+from attnzoo.cli import INTERRUPTED, report
 from attnzoo.cli.overrides import describe, flatten, order
 from attnzoo.train.settings import nearest
-
-INTERRUPTED = 130
 
 
 def config_folder() -> Path:
@@ -62,13 +60,17 @@ def _train_one(config: DictConfig) -> int:
         _remove_empty(Path(config.run_dir))
         return report(error)
     if summary["status"] == "stopped":
-        print(f"stopped at step {summary['steps']}; go on with ckpt_path={run.folder}")
+        print(f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}")
         return INTERRUPTED
     print(f"validation: {summary['val_bpb']:.3f} bits per byte (loss {summary['val_loss']:.3f} per token)")
     if run.trainer.sample_tokens:
         print(f"sample: {sample(run)}")
-    print(f"run folder: {run.folder}")
+    print(f"run folder: {_short(run.folder)}")
     return 0
+
+
+def _short(folder: Path) -> Path:
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _check_flags(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from attnzoo.attention.timeline import Timeline
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
 from attnzoo.model.layout import parse_layout
-from attnzoo.ops.fused import rms_norm, swiglu
+from attnzoo.ops.fused import rms_norm, split_linear, swiglu
 from attnzoo.options import unknown
 from attnzoo.registry import create, legal_options
 
@@ -38,13 +38,14 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out_std: float) -> None:
         super().__init__()
+        self.halves = [hidden, hidden]
         self.up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         nn.init.normal_(self.up.weight, std=INIT_STD)
         nn.init.normal_(self.down.weight, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.up(x)))
+        return self.down(swiglu(*split_linear(self.up, x, self.halves)))
 
 
 class Block(nn.Module):

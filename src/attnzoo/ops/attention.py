@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -160,9 +162,22 @@ def _sdpa(q: Tensor, keys: Keys, scale: float, seen: Tensor | None, causal: bool
     elif width > k.shape[-1]:
         q, k = (F.pad(z, (0, width - z.shape[-1])) for z in (q, k))
     grouped = k.shape[1] != q.shape[1]
-    q, k, v = (z.to(v.dtype) for z in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return o[..., :width]
+    slow = _slow_in_bf16(q, v)
+    q, k, v = (z.to(torch.float32 if slow else v.dtype) for z in (q, k, v))
+    with torch.autocast("cpu", enabled=False) if slow else nullcontext():
+        o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return o[..., :width].to(keys.v.dtype)
+
+
+def _slow_in_bf16(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's CPU kernel trains slower in bf16 than in fp32: without AMX, on heads of under 64 channels."""
+    return v.dtype == torch.bfloat16 and v.is_cpu and q.requires_grad and v.shape[-1] < 64 and not _amx()
+
+
+@lru_cache
+def _amx() -> bool:
+    probe = getattr(torch.cpu, "get_capabilities", dict)
+    return bool(probe().get("amx_bf16", False))
 
 
 def spans(mask: Mask, T: int, keys: Keys, step: int) -> list[tuple[slice, slice | Tensor | None]]:

@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened to be flushed
+    with suppress(OSError):  # the file is in place, and not every system can flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -51,6 +52,8 @@ def save_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int)
     path = folder / f"step-{step:08d}.pt"
     try:
         folder.mkdir(exist_ok=True)
+        for stale in folder.glob(".*.tmp"):  # of a process that was killed while writing
+            stale.unlink()
         write_atomic(path, lambda file: _save(content, file))
         write_atomic(folder / LAST, lambda file: file.write(f"{path.name}\n".encode()))
     except OSError as error:

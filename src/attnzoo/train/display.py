@@ -41,14 +41,14 @@ class ProgressDisplay(Callback):
         fresh, self._metrics = module.metrics is not self._metrics, module.metrics
         validated = fresh and "val_bpb" in module.metrics
         if self._bar:
-            self._bar.update(self._task, completed=module.fraction)
             if fresh:
-                self._bar.update(self._task, description=self._describe(module))
+                self._bar.update(self._task, description=" · ".join(self._parts(module)))
+            self._bar.update(self._task, completed=module.fraction)
             if validated:
-                self._bar.console.print(self._describe(module))
+                self._bar.console.print(self._line(module), highlight=False)
         elif validated or (fresh and time.monotonic() - self._shown >= self.seconds):
             self._shown = time.monotonic()
-            print(self._describe(module), flush=True)
+            print(self._line(module), flush=True)
 
     def on_train_end(self, trainer: Trainer, module: LanguageModule) -> None:
         self._close()
@@ -61,21 +61,20 @@ class ProgressDisplay(Callback):
             self._bar.stop()
             self._bar = None
 
-    def _describe(self, module: LanguageModule) -> str:
+    def _line(self, module: LanguageModule) -> str:
+        bits = module.metrics.get("val_bpb")
+        return " · ".join(self._parts(module) + ([f"validation {bits:.3f} bits/byte"] if bits else []))
+
+    def _parts(self, module: LanguageModule) -> list[str]:
         metrics, total = module.metrics, module.plan.total_steps
-        parts = [
-            f"step {metrics['step']}" + (f"/{total}" if total else ""),
-            f"loss {metrics['train_loss']:.3f}",
-        ]
-        if "val_bpb" in metrics:
-            parts.append(f"val {metrics['val_bpb']:.3f} bits/byte")
+        step = f"step {metrics['step']}/{total}" if total else f"step {metrics['step']}"
+        parts = [step, f"loss {metrics['train_loss']:.3f}"]
         if metrics["tokens_per_second"]:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        gained = module.fraction - self._first
-        if gained > 0:
-            left = (time.monotonic() - self._begun) * (1 - module.fraction) / gained
-            parts.append(f"{timedelta(seconds=round(left))} left")
-        return " · ".join(parts)
+        if self._first < module.fraction < 1.0:
+            rate = (module.fraction - self._first) / (time.monotonic() - self._begun)
+            parts.append(f"{timedelta(seconds=round((1 - module.fraction) / rate))} left")
+        return parts
 
 
 def _header(trainer: Trainer, module: LanguageModule) -> str:

@@ -63,8 +63,8 @@ def choose_precision(request: str, device: torch.device, dim: int = CPU_BF16_DIM
 
     Args:
         request: "bf16", "fp32", or "auto": bf16 where the device multiplies bf16 matrices natively. A CPU
-            needs AMX or AVX512-BF16 for that (with neither, bf16 is emulated and slower than fp32), and a model
-            of at least `CPU_BF16_DIM`.
+            needs AMX or AVX512-BF16 for that (with neither, bf16 is emulated and slower than fp32), and a
+            model of at least `CPU_BF16_DIM`.
         dim: width of the model.
     """
     if request == "fp32":

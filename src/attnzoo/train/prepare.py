@@ -11,6 +11,12 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
 from attnzoo import Collector, Context, create_model
 from attnzoo.cost import Cost
@@ -64,7 +70,7 @@ def prepare(config: DictConfig) -> Run:
     if pl.utilities.rank_zero_only.rank == 0:
         check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
     checkpoint = read_checkpoint(start, field) if start else None
-    # options are checked on a model without memory, before the data is read
+    # options are checked before the data is read
     _check_model(plain, trainer)
     corpus = build_data(plain["data"], plain["tokenizer"], seed)
     seed_draws(f"{seed}/weights")
@@ -91,19 +97,19 @@ def model_options(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
-    """One forward pass of shapes: layers refuse a length, and name their auxiliary losses, themselves."""
+    """A forward pass without data: layers refuse a length, and name their auxiliary losses, themselves."""
     collector = Collector()
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = create_model(**model_options(config, vocab_size=256))
         tokens = torch.zeros(1, config["data"]["seq_len"], dtype=torch.long)
-    try:
-        model(tokens, Context(collector=collector))
-    except (RuntimeError, NotImplementedError):
-        return  # a layer that looks at its data needs some; it speaks up in the first step
-    try:
-        collector.total(trainer.aux_weights)
-    except ValueError as error:
-        raise ValueError(f"trainer.aux_weights: {error}") from None
+        try:
+            model(tokens, Context(collector=collector))
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+            return  # a layer that looks at its data speaks up in the first step
+    for name in trainer.aux_weights:
+        if name not in collector.losses:
+            reported = ", ".join(sorted(collector.losses)) or "none"
+            raise ValueError(f"trainer.aux_weights: no layer reports {name!r}; reported: {reported}")
 
 
 def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:

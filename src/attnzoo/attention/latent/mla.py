@@ -1,5 +1,4 @@
-"""Multi-head latent attention: keys and values are made from one cached low-rank latent and one shared rotary
-key.
+"""Multi-head latent attention: keys and values come from one cached latent and one shared rotary key.
 
 DeepSeek-V2, arXiv 2405.04434; DeepSeek-V3, arXiv 2412.19437.
 

@@ -10,6 +10,7 @@ from attnzoo.attention.base import Call, Site, Stage
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Early
 from attnzoo.cost import Work
+from attnzoo.ops.fused import split_linear
 
 
 class QKV(Early, Stage):
@@ -33,8 +34,8 @@ class QKV(Early, Stage):
         self.qkv_proj = site.weights.linear("qkv", dim, sum(self.sizes), bias)
 
     def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """x ``(B, T, D)`` -> q ``(B, H, T, d)``, k ``(B, G, T, d)``, v ``(B, G, T, d_v)``; views of one tensor."""
-        parts = self.qkv_proj(x).split(self.sizes, dim=-1)
+        """x ``(B, T, D)`` -> q ``(B, H, T, d)``, k ``(B, G, T, d)``, v ``(B, G, T, d_v)``."""
+        parts = split_linear(self.qkv_proj, x, self.sizes)
         return tuple(
             z.unflatten(-1, (h, d)).transpose(1, 2) for z, h, d in zip(parts, self.heads, self.widths, strict=True)
         )
