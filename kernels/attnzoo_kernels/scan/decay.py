@@ -205,8 +205,7 @@ class DiagonalDecay(Decay):
 
     def __init__(self, gates: Tensor, runs: Runs | None, k: Tensor):
         N, B, H, self.size, _ = k.shape
-        steps = gates.detach().clamp(min=MIN_LOG_DECAY) * math.log2(math.e)
-        self.steps = self._to_blocks(steps)
+        self.steps = self._to_blocks(gates.detach() * math.log2(math.e))
         _, *sums = list(doubled_sums(self.steps))[-1]
         upto, self.before, after = (x.unflatten(0, (N, B, H))[..., : self.size, :] for x in sums)
         super().__init__(gates, upto, after, runs, k)

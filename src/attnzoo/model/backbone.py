@@ -16,7 +16,7 @@ from attnzoo.attention.timeline import Timeline
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
 from attnzoo.model.layout import parse_layout
-from attnzoo.ops.fused import rms_norm, split_linear, swiglu
+from attnzoo.ops.fused import linear, rms_norm, split_linear, swiglu
 from attnzoo.options import unknown
 from attnzoo.registry import create, legal_options
 
@@ -45,7 +45,7 @@ class SwiGLU(nn.Module):
         nn.init.normal_(self.down.weight, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(*split_linear(self.up, x, self.halves)))
+        return linear(self.down, swiglu(*split_linear(self.up, x, self.halves)))
 
 
 class Block(nn.Module):
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
         for i, block in enumerate(self.blocks):
             h = self.run_block(block, h, ctx, line, cache.layers[i] if cache else None)
         line.advance()
-        return line.restore(self.head(self.norm(h)))
+        return line.restore(linear(self.head, self.norm(h)))
 
     def new_cache(
         self,

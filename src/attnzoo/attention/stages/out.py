@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call, Site, Stage
 from attnzoo.cost import Work
+from attnzoo.ops.fused import linear
 
 
 class LinearOut(Stage):
@@ -19,7 +20,7 @@ class LinearOut(Stage):
         self.out_proj = site.weights.linear("out", *self.sizes, bias, std=site.out_std)
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
-        return self.out_proj(o.flatten(2))
+        return linear(self.out_proj, o.flatten(2))
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work("projections", "W_o", 2 * length * self.sizes[0] * self.sizes[1], per_head=True)
