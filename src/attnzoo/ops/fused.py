@@ -33,7 +33,9 @@ def split_linear(layer: nn.Linear, x: Tensor, sizes: list[int]) -> tuple[Tensor,
 
 
 def _splits(layer: nn.Module, x: Tensor) -> bool:
-    plain = type(layer) is nn.Linear and layer.bias is None
+    # whoever hooks or replaces a layer's forward must be called
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    plain = type(layer) is nn.Linear and layer.bias is None and not hooked
     return plain and x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
