@@ -13,8 +13,10 @@ from torch import Tensor
 
 from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import Axis
+from attnzoo.ops.kept import fits, kept_attention
 
 ROWS = 128  # query rows whose scores exist at once in the reference
+LEAST_KEPT = 64  # tokens from which keeping the weights pays on a CPU
 BAND_ROWS = 128  # query rows per call of the fused path in a window
 
 
@@ -132,6 +134,10 @@ def visible_table(mask: Mask, query: Axis, key: Axis, once: Callable) -> Tensor:
 def _fused(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: Callable) -> Tensor:
     T, S = q.shape[2], keys.k.shape[2]
     one_document = keys.axis.doc is None
+    if T == S and keys.aligned and mask.causal and not _is_banded(mask, T, S) and _keeps(q, keys):
+        plain = one_document and mask == Causal()
+        hidden = None if plain else ~visible_table(mask, query, keys.axis, once)
+        return kept_attention(q, *_paired(q, keys), scale, hidden)
     if one_document and keys.aligned and mask == Causal():
         if T == S:
             return _sdpa(q, keys, scale, None, causal=T > 1)
@@ -154,9 +160,7 @@ def _banded(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: 
 
 
 def _sdpa(q: Tensor, keys: Keys, scale: float, seen: Tensor | None, causal: bool = False) -> Tensor:
-    k, v, width = keys.k, keys.v, keys.v.shape[-1]
-    if keys.k_map is not None or keys.v_map is not None or k.shape[1] != v.shape[1]:
-        k, v = _expand(k, keys.k_map, q.shape[1]), _expand(v, keys.v_map, q.shape[1])
+    (k, v), width = _paired(q, keys), keys.v.shape[-1]
     if width < k.shape[-1]:
         v = F.pad(v, (0, k.shape[-1] - width))
     elif width > k.shape[-1]:
@@ -167,6 +171,20 @@ def _sdpa(q: Tensor, keys: Keys, scale: float, seen: Tensor | None, causal: bool
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():
         o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=grouped)
     return o[..., :width].to(keys.v.dtype)
+
+
+def _keeps(q: Tensor, keys: Keys) -> bool:
+    """Whether `kept_attention` is the faster way: training short sequences on a CPU."""
+    if not q.is_cpu or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return LEAST_KEPT <= q.shape[2] and fits(q, keys.v) and (keys.v.element_size() >= 4 or not _amx())
+
+
+def _paired(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads each."""
+    if keys.k_map is None and keys.v_map is None and keys.k.shape[1] == keys.v.shape[1]:
+        return keys.k, keys.v
+    return _expand(keys.k, keys.k_map, q.shape[1]), _expand(keys.v, keys.v_map, q.shape[1])
 
 
 def _slow_in_bf16(q: Tensor, v: Tensor) -> bool:
