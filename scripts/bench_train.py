@@ -1,8 +1,9 @@
-"""Training speed on this machine: attnzoo's mha against Hugging Face's Llama, then every variant against our mha.
+"""Training speed on this machine: attnzoo's mha against Hugging Face's Llama, then every variant against our
+mha.
 
-A measurement is one whole training step (forward, cross-entropy, backward, clipping, fused AdamW), the same for both
-sides; sides take turns in one process and the order alternates, so that what disturbs the machine disturbs both.
-Results go to ``benchmarks/results/train-<what>.csv``; see ``benchmarks/README.md``.
+A measurement is one whole training step (forward, cross-entropy, backward, clipping, fused AdamW), the same
+for both sides; sides take turns in one process and the order alternates, so that what disturbs the machine
+disturbs both. Results go to ``benchmarks/results/train-<what>.csv``; see ``benchmarks/README.md``.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Shape(NamedTuple):
         return f"d{self.dim}-L{self.depth}-H{self.num_heads}-T{self.seq_len}-B{self.batch}"
 
 
-SHAPES = (Shape(256, 6, 8, 256, 8), Shape(512, 8, 8, 512, 4))
+SHAPES = (Shape(256, 6, 8, 256, 8), Shape(384, 6, 6, 512, 4))
 
 
 class Hub(nn.Module):
@@ -57,11 +58,18 @@ class Hub(nn.Module):
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        self.inner = LlamaForCausalLM(LlamaConfig(
-            vocab_size=VOCAB, hidden_size=shape.dim, num_hidden_layers=shape.depth, num_attention_heads=shape.num_heads,
-            intermediate_size=default_hidden(shape.dim), max_position_embeddings=shape.seq_len,
-            tie_word_embeddings=False, attn_implementation="sdpa",
-        ))
+        self.inner = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCAB,
+                hidden_size=shape.dim,
+                num_hidden_layers=shape.depth,
+                num_attention_heads=shape.num_heads,
+                intermediate_size=default_hidden(shape.dim),
+                max_position_embeddings=shape.seq_len,
+                tie_word_embeddings=False,
+                attn_implementation="sdpa",
+            )
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.inner(input_ids=tokens, use_cache=False).logits
@@ -119,7 +127,9 @@ def _peak() -> int:
     # getrusage's figure survives an exec and would be the parent's, so it is the second choice
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM")
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
@@ -130,19 +140,28 @@ def quartiles(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 
 
 def bench_llama(shape: Shape, rounds: int) -> list[dict[str, Any]]:
-    """Ours against Hugging Face's, in both precisions; ratios are to their fp32 and to their same precision."""
+    """Ours against Hugging Face's, in both precisions; ratios are to their fp32 and to their same
+    precision.
+    """
     arms = [("llama", "fp32"), ("mha", "fp32"), ("llama", "bf16"), ("mha", "bf16")]
     seconds = dict(zip(arms, take_turns([make_step(*arm, shape) for arm in arms], rounds), strict=True))
     memory = {arm: peak_bytes(*arm, shape) for arm in arms}
     rows = []
     for own, other in ((1, 0), (3, 0), (3, 2), (2, 0)):
         own, other = arms[own], arms[other]
-        rows.append({
-            "shape": str(shape), "model": " ".join(own), "against": " ".join(other),
-            **quartiles(seconds[own], seconds[other]), "rounds": rounds,
-            "tokens_per_s": speed(seconds[own], shape), "against_tokens_per_s": speed(seconds[other], shape),
-            "peak_mb": memory[own] >> 20, "against_peak_mb": memory[other] >> 20,
-        })
+        rows.append(
+            {
+                "shape": str(shape),
+                "model": " ".join(own),
+                "against": " ".join(other),
+                **quartiles(seconds[own], seconds[other]),
+                "rounds": rounds,
+                "tokens_per_s": speed(seconds[own], shape),
+                "against_tokens_per_s": speed(seconds[other], shape),
+                "peak_mb": memory[own] >> 20,
+                "against_peak_mb": memory[other] >> 20,
+            }
+        )
     return rows
 
 
@@ -154,18 +173,30 @@ def bench_variants(shape: Shape, rounds: int, precision: str, names: Sequence[st
     rows = []
     for name in names:
         cost = attnzoo.create_model(name, **sizes).cost(shape.seq_len)
-        base_seconds, seconds = take_turns([make_step(arm, precision, shape) for arm in ("mha", name)], rounds)
+        base_seconds, seconds = take_turns(
+            [make_step(arm, precision, shape) for arm in ("mha", name)], rounds
+        )
         spread = quartiles(base_seconds, seconds)  # how much faster mha is: the variant's time ratio
         flops = cost.executed_flops / base.executed_flops
         slow = spread["ratio"] > LIMIT * flops
-        rows.append({
-            "shape": str(shape), "precision": precision, "variant": name, "time_ratio": spread["ratio"],
-            "q1": spread["q1"], "q3": spread["q3"], "rounds": rounds, "executed_flop_ratio": round(flops, 3),
-            "forward_flop_ratio": round(cost.forward_flops / base.forward_flops, 3),
-            "time_over_flops": round(spread["ratio"] / flops, 2), "tokens_per_s": speed(seconds, shape),
-            "peak_mb": peak_bytes(name, precision, shape) >> 20, "flag": "slow" if slow else "",
-            "reason": reasons.get(name, "not explained") if slow else "",
-        })
+        rows.append(
+            {
+                "shape": str(shape),
+                "precision": precision,
+                "variant": name,
+                "time_ratio": spread["ratio"],
+                "q1": spread["q1"],
+                "q3": spread["q3"],
+                "rounds": rounds,
+                "executed_flop_ratio": round(flops, 3),
+                "forward_flop_ratio": round(cost.forward_flops / base.forward_flops, 3),
+                "time_over_flops": round(spread["ratio"] / flops, 2),
+                "tokens_per_s": speed(seconds, shape),
+                "peak_mb": peak_bytes(name, precision, shape) >> 20,
+                "flag": "slow" if slow else "",
+                "reason": reasons.get(name, "not explained") if slow else "",
+            }
+        )
         show(rows[-1:])
     return rows
 
@@ -187,12 +218,23 @@ def machine() -> dict[str, str]:
     import transformers
 
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return {
-        "cpu": names[0] if names else platform.processor(), "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__, "transformers": transformers.__version__, "attnzoo": attnzoo.__version__,
-        "python": platform.python_version(), "date": datetime.date.today().isoformat(),
+        "cpu": names[0] if names else platform.processor(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attnzoo": attnzoo.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -212,8 +254,12 @@ def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["llama", "variants"], help="llama, variants (default: both)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="*", default=["llama", "variants"], help="llama, variants (default: both)"
+    )
     parser.add_argument("--rounds", type=int, default=21, help="pairs per ratio")
     parser.add_argument("--quick", action="store_true", help="5 rounds of the small shape, nothing written")
     parser.add_argument("--variants", default="*", help="glob of the variants to run")

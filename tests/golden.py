@@ -28,13 +28,20 @@ from attnzoo.attention.stages.refine import QKNorm, ShortConv
 Options = dict[str, Any]
 
 RENAMED = {
-    "heads": "num_heads", "n_heads": "num_heads", "kv_heads": "num_kv_heads", "n_kv_heads": "num_kv_heads",
-    "v_heads": "num_v_heads", "max_len": "max_seq_len", "rope_base": "rope_theta",
+    "heads": "num_heads",
+    "n_heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "n_kv_heads": "num_kv_heads",
+    "v_heads": "num_v_heads",
+    "max_len": "max_seq_len",
+    "rope_base": "rope_theta",
     "n_layers": "num_layers",
 }
 # options that are a matter of the model or of another method here, at the values that ask for nothing
 INERT = {
-    "rope_mode": ("absolute", "decoupled"), "layer_pattern": (None,), "learned_sink_token": (False,),
+    "rope_mode": ("absolute", "decoupled"),
+    "layer_pattern": (None,),
+    "learned_sink_token": (False,),
     "windows": (None,),
 }
 
@@ -147,8 +154,12 @@ def _feature(part: str, target: str, i: int) -> Rule:
 WEIGHTS: dict[type[Stage], dict[str, Rule]] = {
     QKV: {"qkv_proj.weight": linear("W_q", "W_k", "W_v"), "qkv_proj.bias": plain("b_q", "b_k", "b_v")},
     Latent: {
-        "q_down.weight": linear("W_dq"), "q_gain": plain("gamma_q"), "q_up.weight": linear("W_uq|W_q"),
-        "kv_down.weight": linear("W_dkv"), "kv_gain": plain("gamma_kv"), "kv_up.weight": linear("W_ukv"),
+        "q_down.weight": linear("W_dq"),
+        "q_gain": plain("gamma_q"),
+        "q_up.weight": linear("W_uq|W_q"),
+        "kv_down.weight": linear("W_dkv"),
+        "kv_gain": plain("gamma_kv"),
+        "kv_up.weight": linear("W_ukv"),
     },
     LinearOut: {"out_proj.weight": linear("W_o"), "out_proj.bias": plain("b_o")},
     QKNorm: {"q_gain": plain("gamma_q"), "k_gain": plain("gamma_k")},
@@ -156,7 +167,8 @@ WEIGHTS: dict[type[Stage], dict[str, Rule]] = {
     HeadNorm: {"gain": plain("gamma_o|gamma")},
     Gate: {"gate.weight": linear("W_g|W_gamma")},
     HeadRouter: {
-        "scores.routed.weight": linear("W_r"), "scores.shared.weight": linear("W_s"),
+        "scores.routed.weight": linear("W_r"),
+        "scores.shared.weight": linear("W_s"),
         "scores.balance.weight": linear("W_b"),
     },
     SharedHeadMap: {
@@ -175,7 +187,9 @@ WEIGHTS: dict[type[Stage], dict[str, Rule]] = {
         f"{part}_{target}{i}": _feature(part, target, i) for part in "Wb" for target in "qk" for i in range(2)
     },
     StepDecayBeta: {
-        "decay.weight": linear("W_a"), "beta.weight": linear("W_beta"), "A_log": plain("A_log"),
+        "decay.weight": linear("W_a"),
+        "beta.weight": linear("W_beta"),
+        "A_log": plain("A_log"),
         "dt_bias": plain("dt_bias"),
     },
 }

@@ -73,8 +73,15 @@ def attend(
 
 
 def host(
-    x: Tensor, w: Weights, heads: int, kv_heads: int | None = None, theta: float | None = 10000.0,
-    window: int | None = None, sinks: int = 0, knock: Callable | None = None, compose: Maps | None = None,
+    x: Tensor,
+    w: Weights,
+    heads: int,
+    kv_heads: int | None = None,
+    theta: float | None = 10000.0,
+    window: int | None = None,
+    sinks: int = 0,
+    knock: Callable | None = None,
+    compose: Maps | None = None,
 ) -> Tensor:
     """Per-head outputs ``(T, H, d)`` of mha, gqa, mqa, sliding_window, kha and dcmha."""
     G = kv_heads or heads
@@ -193,8 +200,14 @@ def features(z: Tensor, kind: str, w: Weights, side: str, nu: int = 1) -> Tensor
 
 
 def linear(
-    x: Tensor, w: Weights, heads: int, kv_heads: int | None = None, kind: str = "elu1",
-    normalize: bool = True, theta: float | None = None, nu: int = 1,
+    x: Tensor,
+    w: Weights,
+    heads: int,
+    kv_heads: int | None = None,
+    kind: str = "elu1",
+    normalize: bool = True,
+    theta: float | None = None,
+    nu: int = 1,
 ) -> Tensor:
     """Quadratic kernel attention; positions on the numerator only."""
     G, T = kv_heads or heads, len(x)

@@ -56,7 +56,9 @@ def test_equals_brute_force(mask: Mask, impl: str) -> None:
 
 @pytest.mark.parametrize("mask", [band(7), band(40, 3), band(130), Causal()], ids=str)
 def test_long_runs_in_pieces_equal_one_dense_read(mask: Mask) -> None:
-    """Banded and chunked paths, T far above their chunk, also where the keys began earlier than the queries."""
+    """Banded and chunked paths, T far above their chunk, also where the keys began earlier than the
+    queries.
+    """
     T, S = 401, 523
     q, k, v = draw(2, 2, T, 4), draw(2, 2, S, 4, seed=1), draw(2, 2, S, 4, seed=2)
     table = mask.dense(T, S)

@@ -69,15 +69,31 @@ def test_mla(q_rank: int, norm: bool, d_r: int) -> None:
     if norm:
         w |= draw(gamma_kv=(rank,), **({"gamma_q": (q_rank,)} if q_rank else {}))
     mixer = build(
-        "mla", w, kv_lora_rank=rank, q_lora_rank=q_rank, qk_nope_head_dim=d_n, qk_rope_head_dim=d_r,
-        v_head_dim=d_v, latent_norm=norm, eps=1e-6, rope_mode="decoupled" if d_r else "none",
+        "mla",
+        w,
+        kv_lora_rank=rank,
+        q_lora_rank=q_rank,
+        qk_nope_head_dim=d_n,
+        qk_rope_head_dim=d_r,
+        v_head_dim=d_v,
+        latent_norm=norm,
+        eps=1e-6,
+        rope_mode="decoupled" if d_r else "none",
     )
     agree(mixer, w, lambda x: oracles.mla(x, w, H, d_n, d_r, norm))
 
 
-@pytest.mark.parametrize("kind, targets", [
-    ("linear", "qkv"), ("linear", "k"), ("mlp", "v"), ("mlp", "q"), ("gate", "v"), ("linear", "vq"),
-])
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("linear", "qkv"),
+        ("linear", "k"),
+        ("mlp", "v"),
+        ("mlp", "q"),
+        ("gate", "v"),
+        ("linear", "vq"),
+    ],
+)
 def test_kha(kind: str, targets: str) -> None:
     d = 4
     w = qkvo(16, 8, 8, 16) | draw(gamma_q=(d,), gamma_k=(d,))
@@ -104,9 +120,17 @@ def test_dcmha(stages: tuple[str, ...], sides: tuple[str, ...], static: bool) ->
     four = draw(W1=(D, 4, 3 * H * rank), Q=(4, 3 * H * rank, 2 * rank, H), W_d=(D, 4, H))
     w |= (four if n else {}) | (draw(**{f"W_b_{stage}": (H, H) for stage in stages}) if static else {})
     mixer = build(
-        "dcmha", w, head_dim=d, rank=rank, hidden_mult=3, static_proj=static, qk_norm=True,
-        query_wise="query" in sides, key_wise="key" in sides,
-        pre_compose="pre" in stages, post_compose="post" in stages,
+        "dcmha",
+        w,
+        head_dim=d,
+        rank=rank,
+        hidden_mult=3,
+        static_proj=static,
+        qk_norm=True,
+        query_wise="query" in sides,
+        key_wise="key" in sides,
+        pre_compose="pre" in stages,
+        post_compose="post" in stages,
     )
 
     def heads(x: Tensor) -> Tensor:
@@ -142,8 +166,8 @@ def test_moh_by_query_norm(shared: int, active: int) -> None:
 
     agree(mixer, w, heads)
     x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
-    ours, = torch.autograd.grad(mixer.train()(x[None]).square().sum(), x)
-    expected, = torch.autograd.grad(oracles.out(heads(x), w).square().sum(), x)
+    (ours,) = torch.autograd.grad(mixer.train()(x[None]).square().sum(), x)
+    (expected,) = torch.autograd.grad(oracles.out(heads(x), w).square().sum(), x)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -173,27 +197,52 @@ LEARNED = {"hedgehog": ("W_phi", "b_phi"), "t2r": ("W_phi",), "hadamard": ("W1",
 
 @pytest.mark.parametrize("rope", ["none", "numerator"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("kind, normalize", [
-    ("elu1", True), ("elu1", False), ("relu", False), ("identity", False), ("hedgehog", True),
-    ("hedgehog", False), ("t2r", False), ("dpfp", True), ("dpfp", False), ("hadamard", False),
-])
+@pytest.mark.parametrize(
+    "kind, normalize",
+    [
+        ("elu1", True),
+        ("elu1", False),
+        ("relu", False),
+        ("identity", False),
+        ("hedgehog", True),
+        ("hedgehog", False),
+        ("t2r", False),
+        ("dpfp", True),
+        ("dpfp", False),
+        ("hadamard", False),
+    ],
+)
 def test_linear(kind: str, normalize: bool, kv_heads: int, rope: str) -> None:
     d = 4
     w = qkvo(16, kv_heads * d, kv_heads * d, 16) | ({} if normalize else draw(gamma_o=(d,)))
     for symbol in LEARNED.get(kind, ()):
         w |= draw(**{f"{symbol}_{side}": (d, d) if symbol[0] == "W" else (d,) for side in "qk"})
     mixer = build(
-        "linear", w, head_dim=d, num_kv_heads=kv_heads, feature_map=kind, normalize=normalize, rope=rope,
-        nu=3, eps=1e-6 if normalize else 1e-5, chunk_size=4,
+        "linear",
+        w,
+        head_dim=d,
+        num_kv_heads=kv_heads,
+        feature_map=kind,
+        normalize=normalize,
+        rope=rope,
+        nu=3,
+        eps=1e-6 if normalize else 1e-5,
+        chunk_size=4,
     )
     theta = 10000.0 if rope == "numerator" else None
     agree(mixer, w, lambda x: oracles.linear(x, w, H, kv_heads, kind, normalize, theta, nu=3))
 
 
 @pytest.mark.parametrize("v_heads", [4, 8])
-@pytest.mark.parametrize("gate, conv, neg", [
-    (True, 4, False), (False, 2, True), (True, 0, True), (False, 0, False),
-])
+@pytest.mark.parametrize(
+    "gate, conv, neg",
+    [
+        (True, 4, False),
+        (False, 2, True),
+        (True, 0, True),
+        (False, 0, False),
+    ],
+)
 def test_gated_deltanet(v_heads: int, gate: bool, conv: int, neg: bool) -> None:
     d, d_v = 4, 6
     w = qkvo(H * d, H * d, v_heads * d_v, v_heads * d_v)
@@ -201,8 +250,17 @@ def test_gated_deltanet(v_heads: int, gate: bool, conv: int, neg: bool) -> None:
     w |= draw(W_g=(D, v_heads * d_v)) if gate else {}
     w |= draw(conv_q=(H * d, conv), conv_k=(H * d, conv), conv_v=(v_heads * d_v, conv)) if conv else {}
     mixer = build(
-        "gated_deltanet", w, head_dim=d, expand_v=1.5, num_v_heads=v_heads, use_gate=gate,
-        use_short_conv=conv > 0, conv_kernel=conv or 4, allow_neg_eigval=neg, norm_eps=1e-5, chunk_size=3,
+        "gated_deltanet",
+        w,
+        head_dim=d,
+        expand_v=1.5,
+        num_v_heads=v_heads,
+        use_gate=gate,
+        use_short_conv=conv > 0,
+        conv_kernel=conv or 4,
+        allow_neg_eigval=neg,
+        norm_eps=1e-5,
+        chunk_size=3,
     )
     agree(mixer, w, lambda x: oracles.gated_deltanet(x, w, H, v_heads, 2.0 if neg else 1.0))
 

@@ -1,4 +1,6 @@
-"""The CPU's fast paths of training equal their plain definitions: values, every gradient, documents, precision."""
+"""The CPU's fast paths of training equal their plain definitions: values, every gradient, documents,
+precision.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,8 @@ def test_kept_weights_equal_the_reference(
     for mask in [*masks, band(9, 2)]:
         both(
             lambda q, k, v, mask=mask: attention(q, Keys(k, v, axis), mask=mask, query=axis, impl="sdpa"),
-            lambda q, k, v, mask=mask: attention(q, Keys(k, v, axis), mask=mask, query=axis, impl="reference"),
-            q, k, v,
+            lambda q, k, v, mask=mask: attention(q, Keys(k, v, axis), mask=mask, query=axis,
+            impl="reference"), q, k, v,
         )  # fmt: skip
 
 

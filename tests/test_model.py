@@ -41,7 +41,7 @@ def test_bad_layouts(layout) -> None:
 def test_options_reach_the_layers_that_have_them() -> None:
     model = create_model("gqa,linear", **TINY, window=5, feature_map="relu")
     assert model.mixers[0].options["window"] == 5 and model.mixers[1].options["feature_map"] == "relu"
-    with pytest.raises(ValueError, match="feature_mep.*did you mean feature_map"):
+    with pytest.raises(ValueError, match=r"feature_mep.*did you mean feature_map"):
         create_model("gqa,linear", **TINY, feature_mep="relu")
     with pytest.raises(ValueError, match=r"^depth:"):
         create_model("gqa", **{**TINY, "depth": 0})

@@ -54,8 +54,6 @@ def test_shared_heads_are_mha_with_copies(name: str, groups: int) -> None:
     same(few(x), many(x))
 
 
-
-
 def latent(**options: Any) -> Mixer:
     sizes = {"qk_nope_head_dim": 3, "qk_rope_head_dim": 4, "v_head_dim": 5, "kv_lora_rank": 8} | options
     return build("mla", **sizes)

@@ -12,7 +12,10 @@ from attnzoo.context import Collector, Context
 from tiny import H, T, build, d, same, tokens, with_weights_of
 
 HOSTS = [
-    ("gqa", {"num_kv_heads": 2}), ("sliding_window", {"window": 3}), ("gated_deltanet", {}), ("linear", {}),
+    ("gqa", {"num_kv_heads": 2}),
+    ("sliding_window", {"window": 3}),
+    ("gated_deltanet", {}),
+    ("linear", {}),
 ]
 
 
@@ -52,9 +55,15 @@ def test_a_rotation_of_queries_and_keys_leaves_scores_alone() -> None:
     same(knocking(x), host(x))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"static_proj": False}, {"window": 4}, {"num_kv_heads": 2, "expand_kv": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"static_proj": False},
+        {"window": 4},
+        {"num_kv_heads": 2, "expand_kv": True},
+    ],
+)
 def test_dcmha_starts_as_its_host(options: dict[str, Any]) -> None:
     composed, x = build("dcmha", zero_init=True, **options), tokens()
     plain = {k: v for k, v in options.items() if k in ("window", "num_kv_heads")}

@@ -15,9 +15,14 @@ from attnzoo.attention.base import Mixer
 from tiny import D, H, T, build, same, tokens
 
 
-@pytest.mark.parametrize("name, options", [
-    ("linear", {}), ("linear", {"normalize": False, "feature_map": "identity"}), ("gated_deltanet", {}),
-])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("linear", {}),
+        ("linear", {"normalize": False, "feature_map": "identity"}),
+        ("gated_deltanet", {}),
+    ],
+)
 def test_chunks_of_any_size_agree(name: str, options: dict[str, Any]) -> None:
     x = tokens(2, 37, D)
     mixers = [build(name, chunk_size=size, **options) for size in (64, 1, 5, 16, 37)]

@@ -131,14 +131,19 @@ class LanguageModel(nn.Module):
     ) -> ModelCache:
         """Empty memory for decoding; see `Mixer.new_cache`."""
         clock = Clock()
-        layers = [m.new_cache(batch_size, max_len, dtype=dtype, device=device, clock=clock) for m in self.mixers]
+        layers = [
+            m.new_cache(batch_size, max_len, dtype=dtype, device=device, clock=clock) for m in self.mixers
+        ]
         return ModelCache(layers, clock)
 
     def cost(self, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
         """Costs of the whole model; the embedding is a lookup and costs no FLOPs."""
         config = self.config
         hidden = config["mlp_hidden"] or default_hidden(config["dim"])
-        extra = {"mlp": 6.0 * config["dim"] * hidden * len(self.blocks), "head": 2.0 * config["dim"] * config["vocab_size"]}
+        extra = {
+            "mlp": 6.0 * config["dim"] * hidden * len(self.blocks),
+            "head": 2.0 * config["dim"] * config["vocab_size"],
+        }
         params = sum(p.numel() for p in self.parameters())
         return add_costs((m.cost(seq_len, dtype) for m in self.mixers), extra, params)
 
@@ -176,12 +181,17 @@ def create_model(
     Raises:
         ValueError: a size below 1, an unknown variant, or an option that no layer has.
     """
-    for name, value in (("vocab_size", vocab_size), ("depth", depth), ("mlp_hidden", 1 if mlp_hidden is None else mlp_hidden)):
+    for name, value in (
+        ("vocab_size", vocab_size),
+        ("depth", depth),
+        ("mlp_hidden", 1 if mlp_hidden is None else mlp_hidden),
+    ):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
     specs = parse_layout(layout, depth)
     legal = [_legal(spec.name, spec.options, options) for spec in specs]
-    groups = {n for n in (options.get("add") or ())} if not isinstance(options.get("add"), str) else {options["add"]}
+    add = options.get("add") or ()
+    groups = {add} if isinstance(add, str) else set(add)
     for name in options:
         if name.split(".")[0] not in groups and not any(name in names for names in legal):
             raise unknown("option", name, set().union(*legal), "any layer")
@@ -191,9 +201,19 @@ def create_model(
         place = {"impl": impl, "layer_idx": i, "num_layers": depth, "max_seq_len": max_seq_len}
         mixers.append(create(spec.name, dim, num_heads, **place | own))
     config = {
-        "layout": layout if isinstance(layout, str) else [s.name if not s.options else {"name": s.name, **s.options} for s in specs],
-        "vocab_size": vocab_size, "dim": dim, "depth": depth, "num_heads": num_heads, "mlp_hidden": mlp_hidden,
-        "tie_head": tie_head, "norm_eps": norm_eps, "max_seq_len": max_seq_len, "impl": impl, **options,
+        "layout": layout
+        if isinstance(layout, str)
+        else [s.name if not s.options else {"name": s.name, **s.options} for s in specs],
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_hidden": mlp_hidden,
+        "tie_head": tie_head,
+        "norm_eps": norm_eps,
+        "max_seq_len": max_seq_len,
+        "impl": impl,
+        **options,
     }
     return LanguageModel(mixers, config)
 

@@ -98,7 +98,8 @@ def attention(
         score, normalise, weights: replace the dot product and the softmax, and map the weights after it.
         impl: "sdpa" or "reference"; the fused path knows only the dot product and the softmax.
         once: memoises masks for other layers of the same forward.
-        also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the reference.
+        also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the
+            reference.
 
     Returns:
         ``(B, H, T, d_v)``, or that and a dict.
@@ -177,7 +178,7 @@ def _keeps(q: Tensor, keys: Keys) -> bool:
     """Whether `kept_attention` is the faster way: training short sequences on a CPU."""
     if not q.is_cpu or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return LEAST_KEPT <= q.shape[2] and fits(q, keys.v) and (keys.v.element_size() >= 4 or not _amx())
+    return q.shape[2] >= LEAST_KEPT and fits(q, keys.v) and (keys.v.element_size() >= 4 or not _amx())
 
 
 def _paired(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
@@ -188,7 +189,7 @@ def _paired(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor]:
 
 
 def _slow_in_bf16(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's CPU kernel trains slower in bf16 than in fp32: without AMX, on heads of under 64 channels."""
+    """Whether torch's CPU kernel trains slower in bf16 than in fp32: without AMX, on heads below 64 wide."""
     return v.dtype == torch.bfloat16 and v.is_cpu and q.requires_grad and v.shape[-1] < 64 and not _amx()
 
 
@@ -246,14 +247,25 @@ def _joint(q: Tensor, pairs: list, query: Axis, once: Callable) -> tuple[Keys, C
 
 
 def _chunked(
-    q: Tensor, keys: Keys, visible: Callable, mask: Mask | None, score: Score, normalise: Callable,
-    weights: Callable | None, also: tuple[str, ...],
+    q: Tensor,
+    keys: Keys,
+    visible: Callable,
+    mask: Mask | None,
+    score: Score,
+    normalise: Callable,
+    weights: Callable | None,
+    also: tuple[str, ...],
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Query rows in chunks, so that scores never exist for all of T at once."""
-    H, T, S, outs, extra = q.shape[1], q.shape[2], keys.k.shape[2], [], {name: [] for name in also}
-    runs = spans(mask, T, keys, ROWS) if mask else [(slice(a, min(a + ROWS, T)), None) for a in range(0, T, ROWS)]
+    T, S, outs, extra = q.shape[2], keys.k.shape[2], [], {name: [] for name in also}
+    runs = (
+        spans(mask, T, keys, ROWS)
+        if mask
+        else [(slice(a, min(a + ROWS, T)), None) for a in range(0, T, ROWS)]
+    )
     keys = keys._replace(
-        k=keys.k if keys.k_map is None else keys.k[:, keys.k_map], v=keys.v if keys.v_map is None else keys.v[:, keys.v_map]
+        k=keys.k if keys.k_map is None else keys.k[:, keys.k_map],
+        v=keys.v if keys.v_map is None else keys.v[:, keys.v_map],
     )
     for rows, cols in runs:
         part = select(keys, cols)
@@ -273,7 +285,9 @@ def _chunked(
 
 def computed_pairs(mask: Mask, T: int, impl: str) -> int:
     """Query-key pairs that `attention` computes for one document of ``T`` tokens without a cache."""
-    keys = _with_axis(Keys(*(torch.empty(1, 1, T, 1, device="meta"),) * 2, axis=Axis(torch.arange(T)[None], None)))
+    keys = _with_axis(
+        Keys(*(torch.empty(1, 1, T, 1, device="meta"),) * 2, axis=Axis(torch.arange(T)[None], None))
+    )
     if impl == "sdpa" and not _is_banded(mask, T, T):
         return mask.pairs(T) if mask == Causal() else T * T
     total = 0
@@ -285,7 +299,7 @@ def computed_pairs(mask: Mask, T: int, impl: str) -> int:
 
 def _is_banded(mask: Mask, T: int, S: int) -> bool:
     reach = mask.reach()
-    return reach is not None and T > BAND_ROWS and S > 2 * (reach + BAND_ROWS)
+    return reach is not None and T > BAND_ROWS and 2 * (reach + BAND_ROWS) < S
 
 
 def _spread(p: Tensor, cols: slice | Tensor | None, S: int) -> Tensor:
@@ -306,7 +320,9 @@ def _expand(z: Tensor, index: Tensor | None, heads: int) -> Tensor:
 
 
 def grouped_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``(B, H, t, m) @ (B, G, m, n)`` with consecutive heads sharing ``b``: ``(B, H, t, n)``, no copy of ``b``."""
+    """``(B, H, t, m) @ (B, G, m, n)`` with consecutive heads sharing ``b``: ``(B, H, t, n)``, no copy of
+    ``b``.
+    """
     B, H, t, m = a.shape
     G = b.shape[1]
     if G == H:

@@ -1,7 +1,7 @@
-"""Element-wise steps of a decoder as single autograd nodes: fewer passes over memory than torch's own graph makes.
+"""Steps of a decoder as single autograd nodes: fewer passes over memory than torch's own graph makes.
 
-Each has a plain twin (``plain_*``): the definition, what `torch.compile` is given (it fuses by itself), and what
-tests compare with. All are exact in fp64, work under autocast and recompute, and refuse double backward.
+Each has a plain twin (``plain_*``): the definition, what `torch.compile` is given (it fuses by itself), and
+what tests compare with. All are exact in fp64, work under autocast and recompute, and refuse double backward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def split_linear(layer: nn.Linear, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
     """``layer(x)`` split along its last axis into ``sizes``.
 
-    In training on a CPU each part is a product of its own: it then lies contiguous, and element-wise work on it takes a
+    In training on a CPU each part is a product of its own: it then lies contiguous, and element-wise work on
+        it takes a
     half to a third of the time that slices of a common tensor take. Elsewhere, one product and views.
     """
     if not _splits(layer, x):
@@ -36,7 +37,9 @@ def split_linear(layer: nn.Linear, x: Tensor, sizes: list[int]) -> tuple[Tensor,
 
 def _splits(layer: nn.Module, x: Tensor) -> bool:
     # whoever hooks or replaces a layer's forward must be called
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    hooked = (
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or "forward" in vars(layer)
+    )
     plain = type(layer) is nn.Linear and layer.bias is None and not hooked
     return plain and x.is_cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -45,8 +48,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * gain`` over the last axis, in at least fp32 (arXiv 1910.07467).
 
     Returns:
-        The shape of ``x``, in its dtype; under autocast fp32 comes out in autocast's dtype, because the linear maps
-        that follow would round it so.
+        The shape of ``x``, in its dtype; under autocast fp32 comes out in autocast's dtype, because the
+        linear maps that follow would round it so.
     """
     if not x.is_cpu or torch.compiler.is_compiling():
         return plain_rms_norm(x, gain, eps)
@@ -92,7 +95,8 @@ def _wide(z: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies fp32 matrices: where torch has its entry, a tenth faster than MKL on AMD Zen 4.
+    """Whether oneDNN multiplies fp32 matrices: where torch has its entry, a tenth faster than MKL on AMD Zen
+    4.
 
     Not under a dispatch mode (a FLOP counter), which knows torch's own operations only.
     """

@@ -1,8 +1,9 @@
 """Softmax attention that keeps its weights for the backward pass: training on short sequences on a CPU.
 
-Torch's CPU kernel works in small tiles and computes scores and weights again in the backward pass. On sequences so
-short that the weights take no more room than q, k, v and the output do, keeping them takes 0.55 to 0.85 of its time.
-Scores, softmax and the gradients of weights are fp32 (fp64 for fp64 values); weights are kept in the values' dtype.
+Torch's CPU kernel works in small tiles and computes scores and weights again in the backward pass; on
+sequences so short that the weights take no more room than q, k, v and the output do, keeping them is faster.
+Scores, softmax and the gradients of weights are fp32 (fp64 for fp64 values); weights are kept in the values'
+dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def kept_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor
 
     Args:
         q: ``(B, H, T, d)``; k: ``(B, G, T, d)``; v: ``(B, G, T, d_v)``; consecutive query heads share.
-        hidden: ``(B or 1, 1, T, T)`` bool, True where the mask hides a key, later ones included; None = only those.
+        hidden: ``(B or 1, 1, T, T)`` bool, True where the mask hides a key, later ones included; None = only
+            those.
 
     Returns:
         ``(B, H, T, d_v)`` in v's dtype, laid out as ``(B, T, H, d_v)``. A row that sees nothing is finite.
@@ -34,7 +36,9 @@ def kept_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor
 
 class _Kept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | None
+    ) -> Tensor:
         (B, H, T, _), G = q.shape, k.shape[1]
         wide = torch.promote_types(v.dtype, torch.float32)
         ctx.scale, ctx.dtypes = scale, (q.dtype, k.dtype)
@@ -54,7 +58,9 @@ class _Kept(torch.autograd.Function):
                     # finite, so that the rows of padding are
                     s.masked_fill_(hidden[b % hidden.shape[0], :, rows, : rows.stop], torch.finfo(wide).min)
                 p = weights[b].copy_(torch.softmax(s, dim=-1))
-                o[b, rows] = (_grouped(p, G) @ v[b, :, : rows.stop]).view(H, *p.shape[1:2], -1).transpose(0, 1)
+                o[b, rows] = (
+                    (_grouped(p, G) @ v[b, :, : rows.stop]).view(H, *p.shape[1:2], -1).transpose(0, 1)
+                )
         ctx.save_for_backward(q, k, v, o, *kept)
         return o.transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""Dynamically composable multi-head attention: scores and weights are mixed across heads by per-token matrices.
+"""Dynamically composable multi-head attention: scores and weights are mixed over heads by tokens' matrices.
 
 Improving Transformers with Dynamically Composable Multi-Head Attention, arXiv 2405.08553.
 
@@ -41,11 +41,20 @@ class Compose(ScoreStage):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, scale: float, rank: int, hidden: int, sides: tuple[str, ...],
-        stages: tuple[str, ...], static: bool, zero_init: bool, eps: float,
+        self,
+        dim: int,
+        num_heads: int,
+        scale: float,
+        rank: int,
+        hidden: int,
+        sides: tuple[str, ...],
+        stages: tuple[str, ...],
+        static: bool,
+        zero_init: bool,
+        eps: float,
     ) -> None:
         super().__init__()
-        H, I, K = num_heads, rank, hidden  # noqa: E741
+        H, I, K = num_heads, rank, hidden
         self.dim, self.heads, self.lowrank, self.hidden, self.eps = dim, H, I, K, eps
         self.dot, self.sides, self.composed, self.static = Dot(scale), sides, stages, static
         self.parts = [(stage, side) for stage in stages for side in sides]
@@ -78,7 +87,7 @@ class Compose(ScoreStage):
 
     def _generate(self, x: Tensor) -> Tensor:
         """``(B, T, parts, 2 I + 1, H)``: rows w1, w2 and the diagonal g."""
-        n, I = len(self.parts), self.lowrank  # noqa: E741
+        n, I = len(self.parts), self.lowrank
         u = F.gelu(x @ self.W1).unflatten(-1, (n, self.hidden))
         w = torch.einsum("btck,ckm->btcm", u, self.Q.flatten(2)).unflatten(-1, (2 * I, self.heads))
         w1, w2 = w[..., :I, :], w[..., I:, :]
@@ -125,12 +134,14 @@ class Compose(ScoreStage):
         return {f"compose_{stage}": rows for stage, side in self.parts if side == "key"}
 
     def work(self, length: int) -> Iterable[Work]:
-        H, I, K, n = self.heads, self.lowrank, self.hidden, len(self.parts)  # noqa: E741
+        H, I, K, n = self.heads, self.lowrank, self.hidden, len(self.parts)
         yield Work("gates", "map generator", 2 * length * n * (self.dim * (K + H) + K * 2 * I * H))
 
     def pair_flops(self) -> int:
-        """FLOPs per query-key pair: two rank-I products per generated side, one H x H product per static stage."""
-        return 4 * self.lowrank * self.heads * len(self.parts) + self.static * 2 * self.heads**2 * len(self.composed)
+        """FLOPs per pair: two rank-I products per generated side, one H x H product per static stage."""
+        return 4 * self.lowrank * self.heads * len(self.parts) + self.static * 2 * self.heads**2 * len(
+            self.composed
+        )
 
 
 @register(
@@ -142,7 +153,9 @@ class Compose(ScoreStage):
         family="heads",
         summary="Scores and weights are mixed across heads by matrices that query and key tokens generate.",
         cached="k, v and the key side of both compositions: 2 H d + 2 (2 I + 1) H per token",
-        claims=("matches transformers of 1.7-2.0 x the compute; DCPythia-6.9B below Pythia-12B in perplexity",),
+        claims=(
+            "matches transformers of 1.7-2.0 x the compute; DCPythia-6.9B below Pythia-12B in perplexity",
+        ),
     ),
     host={"qk_norm": True},
 )
@@ -178,7 +191,9 @@ def dcmha(
     stages = tuple(s for s, on in (("pre", pre_compose), ("post", post_compose)) if on)
     sides = tuple(s for s, on in (("query", query_wise), ("key", key_wise)) if on)
     if not stages:
-        raise ValueError("pre_compose: at least one of pre_compose, post_compose must be true, got false for both")
+        raise ValueError(
+            "pre_compose: at least one of pre_compose, post_compose must be true, got false for both"
+        )
     if not sides and not static_proj:
         raise ValueError("static_proj: must be true where query_wise and key_wise are false, got false")
 
@@ -186,11 +201,13 @@ def dcmha(
         H = done.num_heads
         if done.num_kv_heads != H and not expand_kv:
             raise ValueError(
-                f"num_kv_heads: scores of all {H} heads are mixed, got {done.num_kv_heads} key heads; set expand_kv=true "
-                "to share them"
+                f"num_kv_heads: scores of all {H} heads are mixed, got {done.num_kv_heads} key heads; "
+                "set expand_kv=true to share them"
             )
         scale, eps = done.scale or done.qk_width**-0.5, done.host["norm_eps"]
         hidden = hidden_mult * H * rank
-        done.put("score", Compose(done.dim, H, scale, rank, hidden, sides, stages, static_proj, zero_init, eps))
+        done.put(
+            "score", Compose(done.dim, H, scale, rank, hidden, sides, stages, static_proj, zero_init, eps)
+        )
 
     draft.last(complete)

@@ -33,13 +33,15 @@ class HeadRouter(Stage):
     """Weights the heads' outputs by a per-token gate of which at most ``shared + top`` entries are not 0.
 
     Args:
-        shared: H_s, top: K of the routed ones; router: "linear", or "qnorm", the norm of the queries before position,
-            with a straight-through gradient in training.
+        shared: H_s, top: K of the routed ones; router: "linear", or "qnorm", the norm of the queries before
+            position, with a straight-through gradient in training.
     """
 
     rank = 50
 
-    def __init__(self, draft: Draft, shared: int, top: int, router: str, form: str, aux_weight: float) -> None:
+    def __init__(
+        self, draft: Draft, shared: int, top: int, router: str, form: str, aux_weight: float
+    ) -> None:
         super().__init__()
         self.heads, self.shared, self.top = draft.o_heads, shared, top
         self.router, self.form, self.aux_weight = router, form, aux_weight
@@ -172,12 +174,16 @@ def head_counts(
     routed = H - shared
     active = max(min(shared + 1, H), shared, 3 * H // 4) if active_heads is None else active_heads
     if not max(1, shared) <= active <= H:
-        raise ValueError(f"active_heads: must be in {max(1, shared)}..{H} (it counts the shared heads), got {active}")
+        raise ValueError(
+            f"active_heads: must be in {max(1, shared)}..{H} (it counts the shared heads), got {active}"
+        )
     if active == shared and routed and not allow_dead:
         raise ValueError(
             f"active_heads: {active} leaves {routed} routed heads dead; raise it above shared_heads={shared} "
             "or set allow_dead=true"
         )
     if router == "qnorm" and routed < 2:
-        raise ValueError(f"router: qnorm compares routed heads, got {routed}; leave at least 2 heads unshared")
+        raise ValueError(
+            f"router: qnorm compares routed heads, got {routed}; leave at least 2 heads unshared"
+        )
     return shared, active

@@ -6,7 +6,8 @@ Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, a
     normalised:    o_t = S_t^T phi(q_t) / (phi(q_t) . z_t + eps)
     unnormalised:  o_t = d_f^(-1/2) S_t^T phi(q_t), then RMSNorm over the head
 
-Cached: S (H d_f d_v) and, normalised, z (H d_f), in fp32, whatever the length. With ``pos=rope`` the rotation acts
+Cached: S (H d_f d_v) and, normalised, z (H d_f), in fp32, whatever the length. With ``pos=rope`` the
+    rotation acts
 after phi on the numerator only: rotated features may be negative, so z sums the unrotated ones.
 Maps: elu1 is elu + 1; relu; identity; hedgehog (2402.04347) softmax([2 (W x + b), -2 (W x + b)]), identity W;
 t2r (2103.13076) relu(W x); dpfp (2102.11174) r * roll(r, j) of r = [relu(x), relu(-x)], j = 1..nu;
@@ -86,7 +87,9 @@ class FeatureMap(Stage):
     def work(self, length: int) -> Iterable[Work]:
         maps = LEARNED.get(self.kind, 0)
         if maps:
-            flops = sum(2 * maps * length * heads * width**2 for heads, width in (self.shapes["q"], self.shapes["k"]))
+            flops = sum(
+                2 * maps * length * heads * width**2 for heads, width in (self.shapes["q"], self.shapes["k"])
+            )
             yield Work("projections", "feature maps", flops)
 
 
@@ -147,7 +150,9 @@ class Normaliser(Stage):
         family="linear",
         summary="exp(q . k) becomes phi(q) . phi(k), and attention a running sum.",
         cached="the state S (H d_f d) and its normaliser z (H d_f): constant in the length",
-        claims=("thousands of times faster autoregressive image generation; clearly behind softmax on language",),
+        claims=(
+            "thousands of times faster autoregressive image generation; clearly behind softmax on language",
+        ),
         small={"chunk_size": 4},
     ),
     frames=("recurrent",),
@@ -164,14 +169,16 @@ def linear(
 
     Args:
         feature_map: phi, see the module. nu: order of dpfp.
-        normalize: divide by the sum of weights (maps that are never negative only), else scale and norm per head.
+        normalize: divide by the sum of weights (maps that are never negative only), else scale and norm per
+            head.
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: kernel attention with weights phi(q) . phi(k), quadratic == recurrent == chunked.
     """
     if normalize and feature_map in SIGNED:
         raise ValueError(
-            f"normalize: the weights of feature_map={feature_map} can be negative, got normalize=true; set normalize=false"
+            f"normalize: the weights of feature_map={feature_map} can be negative, got normalize=true; "
+            "set normalize=false"
         )
     if nu < 1:
         raise ValueError(f"nu: must be at least 1, got {nu}")

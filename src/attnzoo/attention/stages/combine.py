@@ -37,8 +37,14 @@ class Gate(Stage):
     rank = 40
 
     def __init__(
-        self, site: Site, dim: int, num_heads: int, width: int, act: Callable[[Tensor], Tensor],
-        per_channel: bool = True, rescale: float = 1.0,
+        self,
+        site: Site,
+        dim: int,
+        num_heads: int,
+        width: int,
+        act: Callable[[Tensor], Tensor],
+        per_channel: bool = True,
+        rescale: float = 1.0,
     ) -> None:
         super().__init__()
         self.shape = (num_heads, width if per_channel else 1)
@@ -50,4 +56,6 @@ class Gate(Stage):
         return o * (gate if self.rescale == 1.0 else gate * self.rescale)
 
     def work(self, length: int) -> Iterable[Work]:
-        yield Work("gates", "output gate", 2 * length * self.dim * self.shape[0] * self.shape[1], per_head=True)
+        yield Work(
+            "gates", "output gate", 2 * length * self.dim * self.shape[0] * self.shape[1], per_head=True
+        )

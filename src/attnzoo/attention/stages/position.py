@@ -19,8 +19,8 @@ class NoPosition(Stage):
 class Rope(Stage):
     """Rotary embedding in the rotate-half layout (arXiv 2104.09864).
 
-    Pair f of an r-wide slice is channels f and f + r/2, turned by ``position * theta^(-2f/r)``. Angles are formed in
-    fp64 and the rotation in at least fp32, so that long positions stay exact.
+    Pair f of an r-wide slice is channels f and f + r/2, turned by ``position * theta^(-2f/r)``. Angles are
+    formed in fp64 and the rotation in at least fp32, so that long positions stay exact.
 
     Args:
         width: r, even. theta: base of the frequencies.
@@ -32,7 +32,10 @@ class Rope(Stage):
     def __init__(self, width: int, theta: float = 10000.0, field: str = "head_dim") -> None:
         super().__init__()
         if width % 2:
-            raise ValueError(f"{field}: RoPE turns pairs of channels, got an odd width {width}; make it even or set pos=none")
+            raise ValueError(
+                f"{field}: RoPE turns pairs of channels, got an odd width {width}; "
+                "make it even or set pos=none"
+            )
         if theta <= 0:
             raise ValueError(f"rope_theta: must be positive, got {theta}")
         self.width, self.theta = width, theta
@@ -44,15 +47,17 @@ class Rope(Stage):
         """``z`` ``(B, heads, T, width)`` at positions ``(B or 1, T)``."""
         work = torch.float64 if z.dtype == torch.float64 else torch.float32
         name = ("rope", self.width, self.theta, work)
-        cos, sin = call.line.once(name, lambda: self._table(pos, work)) if pos is call.line.pos else self._table(pos, work)
+        shared = pos is call.line.pos
+        cos, sin = call.line.once(name, lambda: self._table(pos, work)) if shared else self._table(pos, work)
         turned = rotate(z, cos, sin)
-        # autocast rounds for whoever wants it rounded
-        return turned if torch.is_autocast_enabled(z.device.type) else turned.to(z.dtype)
+        # autocast rounds for whoever wants it rounded; meta tensors know no autocast
+        keep = not z.is_meta and torch.is_autocast_enabled(z.device.type)
+        return turned if keep else turned.to(z.dtype)
 
     def _table(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``(B or 1, T, 1, width)``, as `rotate` wants them."""
         step = torch.arange(0, self.width, 2, device=pos.device, dtype=torch.float64) / self.width
-        angle = pos.double()[:, :, None, None] * self.theta ** -step
+        angle = pos.double()[:, :, None, None] * self.theta**-step
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

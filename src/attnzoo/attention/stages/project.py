@@ -23,8 +23,16 @@ class QKV(Early, Stage):
     """
 
     def __init__(
-        self, site: Site, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int,
-        bias: bool = False, stores: bool = True, num_v_heads: int | None = None,
+        self,
+        site: Site,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        bias: bool = False,
+        stores: bool = True,
+        num_v_heads: int | None = None,
     ) -> None:
         super().__init__()
         self.heads = (num_heads, num_kv_heads, num_v_heads or num_kv_heads)
@@ -37,13 +45,17 @@ class QKV(Early, Stage):
         """x ``(B, T, D)`` -> q ``(B, H, T, d)``, k ``(B, G, T, d)``, v ``(B, G, T, d_v)``."""
         parts = split_linear(self.qkv_proj, x, self.sizes)
         return tuple(
-            z.unflatten(-1, (h, d)).transpose(1, 2) for z, h, d in zip(parts, self.heads, self.widths, strict=True)
+            z.unflatten(-1, (h, d)).transpose(1, 2)
+            for z, h, d in zip(parts, self.heads, self.widths, strict=True)
         )
 
     def memory(self) -> dict[str, Slot]:
         if not self.stores:
             return {}
-        return {"k": Slot("rows", (self.heads[1], self.widths[1])), "v": Slot("rows", (self.heads[2], self.widths[2]))}
+        return {
+            "k": Slot("rows", (self.heads[1], self.widths[1])),
+            "v": Slot("rows", (self.heads[2], self.widths[2])),
+        }
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work("projections", "W_q", 2 * length * self.dim * self.sizes[0], per_head=True)

@@ -52,8 +52,8 @@ class L2Norm(Stage):
 class ShortConv(Stage):
     """Causal depthwise convolutions on q, k and v, each with its activation.
 
-    ``y_t = act(sum_m w_m x_(t - n + 1 + m))`` per channel, cut at document starts; the last tap meets the token itself.
-    Taps start as in Conv1d, U(-1/sqrt(n), 1/sqrt(n)), and are not re-initialised.
+    ``y_t = act(sum_m w_m x_(t - n + 1 + m))`` per channel, cut at document starts; the last tap meets the
+    token itself. Taps start as in Conv1d, U(-1/sqrt(n), 1/sqrt(n)), and are not re-initialised.
 
     Args:
         shapes: (heads, width) of q, k, v. size: taps n. acts: activation of q, k, v.
@@ -62,7 +62,9 @@ class ShortConv(Stage):
     rank = 10
     names = ("conv_q", "conv_k", "conv_v")
 
-    def __init__(self, shapes: list[tuple[int, int]], size: int, acts: list[Callable[[Tensor], Tensor]]) -> None:
+    def __init__(
+        self, shapes: list[tuple[int, int]], size: int, acts: list[Callable[[Tensor], Tensor]]
+    ) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"conv_kernel: must be at least 1, got {size}")
