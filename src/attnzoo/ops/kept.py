@@ -31,7 +31,9 @@ def kept_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor
     Returns:
         ``(B, H, T, d_v)`` in v's dtype, laid out as ``(B, T, H, d_v)``. A row that sees nothing is finite.
     """
-    return _Kept.apply(q, k, v, scale, hidden)
+    # autocast would round the scores
+    with torch.autocast(q.device.type, enabled=False):
+        return _Kept.apply(q, k, v, scale, hidden)
 
 
 class _Kept(torch.autograd.Function):
@@ -67,6 +69,11 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _Kept._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, *kept = ctx.saved_tensors
         (B, H, T, _), G = q.shape, k.shape[1]
         wide, narrow, runs = q.dtype, v.dtype, _runs(T)
