@@ -31,6 +31,7 @@ import attnzoo
 from attnzoo.model.backbone import default_hidden
 
 VOCAB = 256
+FLOOR = ("aten::mm", "aten::addmm", "aten::bmm", "linear_pointwise", "scaled_dot_product", "_Kept")
 LIMIT = 1.5  # a variant slower than this times its FLOP ratio needs a reason
 REASONS = Path(__file__).parent.parent / "benchmarks" / "reasons.csv"
 
@@ -201,6 +202,30 @@ def bench_variants(shape: Shape, rounds: int, precision: str, names: Sequence[st
     return rows
 
 
+def bench_profile(shape: Shape, steps: int = 5) -> list[dict[str, Any]]:
+    """Where a step's time goes, op by op, and the floor that products of matrices and attention alone set."""
+    rows = []
+    for arm in (("llama", "fp32"), ("mha", "fp32"), ("llama", "bf16"), ("mha", "bf16")):
+        step = make_step(*arm, shape)
+        step(), step()
+        with torch.profiler.profile() as profiler:
+            for _ in range(steps):
+                step()
+        times = {event.key: event.self_cpu_time_total / 1e3 / steps for event in profiler.key_averages()}
+        total = sum(times.values())
+        floor = sum(ms for name, ms in times.items() if any(word in name for word in FLOOR))
+        times = {"all": total, "linears and attention": floor} | dict(
+            sorted(times.items(), key=lambda item: -item[1])[:15]
+        )
+        for name, ms in times.items():
+            rows.append(
+                {"shape": str(shape), "model": " ".join(arm), "op": name, "ms_per_step": round(ms, 2),
+                 "share": round(ms / total, 3)}
+            )  # fmt: skip
+        show(rows[-len(times) :][:2])
+    return rows
+
+
 def read_reasons() -> dict[str, str]:
     """Why a variant is slower than its FLOPs, by name."""
     if not REASONS.exists():
@@ -258,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="*", default=["llama", "variants"], help="llama, variants (default: both)"
+        "what", nargs="*", default=["llama", "profile", "variants"], help="default: all three"
     )
     parser.add_argument("--rounds", type=int, default=21, help="pairs per ratio")
     parser.add_argument("--quick", action="store_true", help="5 rounds of the small shape, nothing written")
@@ -266,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", default="fp32,bf16", help="of the variants' table")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "benchmarks" / "results")
     args = parser.parse_args(argv)
-    if set(args.what) - {"llama", "variants"}:
-        parser.error(f"what: must be llama or variants, got {' '.join(args.what)}")
+    if set(args.what) - {"llama", "profile", "variants"}:
+        parser.error(f"what: must be llama, profile or variants, got {' '.join(args.what)}")
     rounds, shapes = (5, SHAPES[:1]) if args.quick else (args.rounds, SHAPES)
     print(f"{sys.argv[0]}: {machine()}")
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -276,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = bench_llama(shape, rounds)
             show(rows)
             tables.setdefault("llama", []).extend(rows)
+    if "profile" in args.what:
+        tables["profile"] = bench_profile(SHAPES[0])
     if "variants" in args.what:
         names = attnzoo.list_variants(args.variants)
         for precision in args.precision.split(","):

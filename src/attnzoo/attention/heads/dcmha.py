@@ -107,27 +107,35 @@ class Compose(ScoreStage):
         """``a`` ``(B, H, t, S)`` mixed over H."""
         if stage not in self.composed:
             return a
-        out = a
-        if self.static:
-            out = out + torch.einsum("bhts,hg->bgts", a, getattr(self, f"W_b_{stage}").to(a.dtype))
-        if (stage, "query") in self.maps:
-            out = out + self._mix_queries(a, self.maps[stage, "query"][:, :, geo.rows].to(a.dtype))
-        if (stage, "key") in self.maps:
-            rows = self.maps[stage, "key"]
-            out = out + self._mix_keys(a, (rows if geo.cols is None else rows[:, :, geo.cols]).to(a.dtype))
-        return out
+        maps = self.maps.get((stage, "query"))
+        out = self._mix_queries(stage, a, None if maps is None else maps[:, :, geo.rows].to(a.dtype))
+        maps = self.maps.get((stage, "key"))
+        if maps is None:
+            return out
+        return self._mix_keys(a, (maps if geo.cols is None else maps[:, :, geo.cols]).to(a.dtype), out)
 
-    def _mix_queries(self, a: Tensor, maps: Tensor) -> Tensor:
-        """maps ``(B, 2 I + 1, t, H)`` of the queries."""
-        w1, w2, g = maps.split([self.lowrank, self.lowrank, 1], dim=1)
-        inner = torch.einsum("bhts,brth->brts", a, w1)
-        return torch.einsum("brts,brth->bhts", inner, w2) + a * g[:, 0].mT[..., None]
+    def _mix_queries(self, stage: str, a: Tensor, maps: Tensor | None) -> Tensor:
+        """``a (I + W_b)`` plus what maps ``(B, 2 I + 1, t, H)`` of the queries do."""
+        w1 = w2 = g = None
+        if maps is not None:
+            w1, w2, g = maps.transpose(1, 2).split([self.lowrank, self.lowrank, 1], dim=2)
+        if not self.static:
+            out = a if g is None else torch.addcmul(a, a, g.permute(0, 3, 1, 2))
+            return out if w1 is None else out + (w2.mT @ (w1 @ a.transpose(1, 2))).transpose(1, 2)
+        # identity and diagonal ride on the H x H product: no further pass over the scores
+        square = getattr(self, f"W_b_{stage}").to(a.dtype).T + torch.eye(self.heads).to(a)
+        heads = a.transpose(1, 2)
+        if w1 is None:
+            return (square @ heads).transpose(1, 2)
+        heads = heads.contiguous()
+        out = (square + g * torch.eye(self.heads).to(a)) @ heads
+        return (out + w2.mT @ (w1 @ heads)).transpose(1, 2)
 
-    def _mix_keys(self, a: Tensor, maps: Tensor) -> Tensor:
-        """maps ``(B, 2 I + 1, S, H)`` of the keys."""
-        w1, w2, g = maps.split([self.lowrank, self.lowrank, 1], dim=1)
-        inner = torch.einsum("bhts,brsh->brts", a, w1)
-        return torch.einsum("brts,brsh->bhts", inner, w2) + a * g[:, 0].mT[:, :, None]
+    def _mix_keys(self, a: Tensor, maps: Tensor, out: Tensor) -> Tensor:
+        """``out`` plus what maps ``(B, 2 I + 1, S, H)`` of the keys do to ``a``."""
+        w1, w2, g = maps.transpose(1, 2).split([self.lowrank, self.lowrank, 1], dim=2)
+        mixed = (a.permute(0, 3, 2, 1) @ w1.mT) @ w2
+        return torch.addcmul(out, a, g.permute(0, 3, 2, 1)) + mixed.permute(0, 3, 2, 1)
 
     def memory(self) -> dict[str, Slot]:
         rows = Slot("rows", (2 * self.lowrank + 1, self.heads))
