@@ -123,12 +123,14 @@ class Compose(ScoreStage):
             out = a if g is None else torch.addcmul(a, a, g.permute(0, 3, 1, 2))
             return out if w1 is None else out + (w2.mT @ (w1 @ a.transpose(1, 2))).transpose(1, 2)
         # identity and diagonal ride on the H x H product: no further pass over the scores
-        square = getattr(self, f"W_b_{stage}").to(a.dtype).T + torch.eye(self.heads).to(a)
+        square = getattr(self, f"W_b_{stage}").to(a.dtype).T + torch.eye(
+            self.heads, dtype=a.dtype, device=a.device
+        )
         heads = a.transpose(1, 2)
         if w1 is None:
             return (square @ heads).transpose(1, 2)
         heads = heads.contiguous()
-        out = (square + g * torch.eye(self.heads).to(a)) @ heads
+        out = (square + g * torch.eye(self.heads, dtype=a.dtype, device=a.device)) @ heads
         return (out + w2.mT @ (w1 @ heads)).transpose(1, 2)
 
     def _mix_keys(self, a: Tensor, maps: Tensor, out: Tensor) -> Tensor:
