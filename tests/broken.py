@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo import card, create
-from attnzoo.attention.base import Call, Mixer, Stage
+from attnzoo.attention.base import Call, Mixer, Stage, same
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.stages.mask import Mask, Static
 from attnzoo.attention.timeline import Axis
@@ -175,7 +175,7 @@ def overflowing(mixer: Mixer) -> None:
             p = s.exp().masked_fill(~visible, 0.0)
             return p / p.sum(-1, keepdim=True).clamp(min=1e-30)
 
-    mixer.normalise, mixer.impl = Exp(), "reference"
+    mixer.normalise, mixer.choices = Exp(), same("reference", "its own exponential")
 
 
 def last_row(o: Tensor, call: Call) -> Tensor:

@@ -52,7 +52,7 @@ def choose(op: str, impl: str, *tensors: Tensor | None) -> str:
     elif any(x.dtype == torch.float64 for x in given):
         why = "the kernels work in fp32 and below, got float64; use the reference"
     elif not interpreting() and not all(x.is_cuda for x in given):
-        why = f"the kernels need a GPU, got tensors on {given[0].device}; set TRITON_INTERPRET=1 to try them here"
+        why = f"the kernels need a GPU, got tensors on {given[0].device}; TRITON_INTERPRET=1 tries them here"
     if why is None:
         return "triton" if impl == "triton" or given[0].is_cuda else "reference"
     if impl == "triton":
@@ -72,7 +72,7 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of a kernel: block sizes, warps and stages, and the chips where its table is clean."""
+    """A configuration of a kernel: block sizes, warps and stages, and the chips where its table is clean."""
 
     meta: Mapping[str, int]
     warps: int = 4
@@ -131,7 +131,7 @@ class Tuner:
     def pick(
         self, kernel: Kernel, bucket: Hashable, device: torch.device, run: Callable[[Tile], Any]
     ) -> Tile:
-        """The tile to launch ``kernel`` with; ``run(tile)`` launches it, repeatably, when it has to be timed."""
+        """The tile to launch ``kernel`` with; ``run(tile)`` launches it, repeatably, where it is timed."""
         if device.type != "cuda":
             return kernel.tiles[0]
         tiles = [tile for tile in kernel.tiles if chip(device) in tile.chips]

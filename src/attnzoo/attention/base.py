@@ -141,12 +141,28 @@ class Stage(nn.Module):
         return 1.0
 
 
+class Choice(NamedTuple):
+    """impl: "reference", "sdpa", "flex", "triton" or "xformers"; reason: why that one."""
+
+    impl: str
+    reason: str
+
+
+Choices = dict[str, Choice]  # by device type
+
+
+def same(impl: str, reason: str) -> Choices:
+    """One choice for every device."""
+    return {"cpu": Choice(impl, reason), "cuda": Choice(impl, reason)}
+
+
 class Mixer(nn.Module):
     """A token mixer: ``(B, T, D) -> (B, T, D)``; the contract that every variant meets.
 
     Attributes:
         name: registry name; ``options``: all options it was made with; ``dim``, ``num_heads``; ``site``.
-        impl: the implementation that runs; ``impl_reason``: why that one.
+        choices: the implementation and its reason by device type; ``impl``, ``impl_reason``: those of the
+            device that the parameters are on.
     """
 
     name: str = ""
@@ -154,8 +170,19 @@ class Mixer(nn.Module):
     dim: int
     num_heads: int
     site: Site
-    impl: str = "reference"
-    impl_reason: str = "the only implementation"
+    choices: Choices = same("reference", "the only implementation")
+
+    def chosen(self, device: torch.device) -> Choice:
+        """The implementation that runs on ``device``."""
+        return self.choices["cpu" if device.type in ("cpu", "meta") else "cuda"]
+
+    @property
+    def impl(self) -> str:
+        return self.chosen(next(self.parameters()).device).impl
+
+    @property
+    def impl_reason(self) -> str:
+        return self.chosen(next(self.parameters()).device).reason
 
     def forward(self, x: Tensor, ctx: Context | None = None, cache: Cache | None = None) -> Tensor:
         """Mixes tokens.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from attnzoo.attention.base import Mixer, Site, Stage
+from attnzoo.attention.implementation import choose_scan, choose_score
 from attnzoo.attention.recurrent import NoGates, RecurrentAttention, Scan
 from attnzoo.attention.score import ScoreAttention, Single
 from attnzoo.attention.stages.combine import Gate
@@ -196,8 +197,8 @@ class ScoreFrame(Frame):
             scale=draft.scale or draft.qk_width**-0.5,
             head_widths=(draft.qk_width, draft.v_head_dim),
         )
-        own = [name for name in ("score", "normalise") if name in slots]
-        mixer.impl, mixer.impl_reason = _score_impl(host["impl"], own, draft)
+        own = {name: slots[name] for name in ("score", "normalise") if name in slots}
+        mixer.choices = choose_score(host["impl"], own, slots["mask"], _materialised(draft, own))
         return mixer
 
 
@@ -249,11 +250,14 @@ class RecurrentFrame(Frame):
         gates = draft.fill("gates", NoGates)
         scale = draft.head_dim**-0.5 if draft.scale is None else draft.scale
         draft.fill(
-            "scan", lambda: Scan(H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind)
+            "scan",
+            lambda: Scan(
+                H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind, host["impl"]
+            ),
         )
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
-        mixer.impl, mixer.impl_reason = _scan_impl(host["impl"])
+        mixer.choices = choose_scan(host["impl"])
         return mixer
 
 
@@ -270,35 +274,12 @@ def add_gate(draft: Draft) -> None:
     draft.slots["combine"].append(gate)
 
 
-def _score_impl(asked: str, own: list[str], draft: Draft) -> tuple[str, str]:
-    fused = not own
-    why = (
-        "dot product and softmax: fused"
-        if fused
-        else f"own {' and '.join(own)}: no fused path, query-chunked torch"
-    )
-    between = [type(s).__name__ for s in (*draft.slots["refine"], *(draft.slots[name] for name in own))]
-    if draft.slots["project"].late and between:
-        why += f"; decodes with materialised keys, since {' and '.join(between)} acts on them"
-    if asked == "auto":
-        return ("sdpa" if fused else "reference"), why
-    if asked == "reference":
-        return asked, "asked for"
-    if asked == "sdpa":
-        if fused:
-            return asked, "asked for"
-        raise ValueError(
-            f"impl: 'sdpa' computes dot products and softmax, {own[0]} here is its own; use auto or reference"
-        )
-    raise ValueError(
-        f"impl: {asked!r} has no adapter in this version, got impl={asked!r}; use auto, reference or sdpa"
-    )
-
-
-def _scan_impl(asked: str) -> tuple[str, str]:
-    if asked in ("auto", "reference"):
-        return "reference", "chunked scan in torch matmuls"
-    raise ValueError(f"impl: {asked!r} does not run a scan, got impl={asked!r}; use auto or reference")
+def _materialised(draft: Draft, own: dict[str, Stage]) -> str:
+    """Why a late projection cannot be read as it is cached, for the reason that `doctor` prints."""
+    between = [type(stage).__name__ for stage in (*draft.slots["refine"], *own.values())]
+    if not (draft.slots["project"].late and between):
+        return ""
+    return f"; decodes with materialised keys, since {' and '.join(between)} acts on them"
 
 
 def _divisors(n: int) -> list[int]:

@@ -109,7 +109,7 @@ class ScoreAttention(Mixer):
                 score=self.score,
                 normalise=self.normalise,
                 weights=None if self.score is None else self.score.weights,
-                impl=self.impl,
+                impl=self.chosen(q.device).impl,
                 once=call.line.once,
                 also=also,
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import Axis
+from attnzoo.ops import adapters
 from attnzoo.ops.kept import fits, kept_attention
 
 ROWS = 128  # query rows whose scores exist at once in the reference
@@ -96,7 +97,9 @@ def attention(
         query: order and document of the queries; None = the last T places of one document.
         scale: default ``d ** -0.5``.
         score, normalise, weights: replace the dot product and the softmax, and map the weights after it.
-        impl: "sdpa" or "reference"; the fused path knows only the dot product and the softmax.
+        impl: "sdpa", "flex" or "xformers", which know only the dot product and the softmax; "triton", which
+            also knows score and normalise stages with an ``op``; "reference". What reads several sets, asks for
+            ``also`` or stands in a ring goes to the reference.
         once: memoises masks for other layers of the same forward.
         also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the
             reference.
@@ -113,10 +116,39 @@ def attention(
     pairs = [(_with_axis(keys), m) for keys, m in pairs]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = score is None and normalise is None and weights is None and not also
-    if impl == "sdpa" and plain and len(pairs) == 1:
-        return _fused(q, pairs[0][0], pairs[0][1], query, scale, once)
+    if impl != "reference" and len(pairs) == 1 and not also:
+        keys, own = pairs[0]
+        if impl == "triton" and keys.aligned:
+            return _kernels(q, keys, own, query, scale, score, normalise)
+        if impl == "flex" and plain:
+            return adapters.flex(q, *_paired(q, keys), own, query, keys.axis, scale, once)
+        if impl == "xformers" and plain and keys.aligned:
+            return adapters.xformers(q, *_paired(q, keys), own, query, scale)
+        if plain:
+            return _fused(q, keys, own, query, scale, once)
     keys, visible, sole = _joint(q, pairs, query, once)
     return _chunked(q, keys, visible, sole, score or Dot(scale), normalise or softmax, weights, also)
+
+
+def _kernels(
+    q: Tensor,
+    keys: Keys,
+    mask: Mask,
+    query: Axis,
+    scale: float,
+    score: Score | None,
+    normalise: Callable | None,
+) -> Tensor:
+    """The op that the score or normalise stage names, or our softmax kernel."""
+    k, v = _paired(q, keys)
+    span = adapters.span_of(mask, query, k.shape[2])
+    if score is not None:
+        return score.op(q, k, v, span)
+    if normalise is not None:
+        return normalise.op(q, k, v, span, scale)
+    from attnzoo_kernels.attention import attention as kernel_attention
+
+    return kernel_attention(q, k, v, span, scale=scale, impl="triton")
 
 
 def _with_axis(keys: Keys) -> Keys:

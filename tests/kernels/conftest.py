@@ -1,0 +1,10 @@
+"""Kernels run natively where there is a GPU, and in Triton's interpreter elsewhere: it must be told before they load."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
