@@ -4,10 +4,10 @@
     scripts/resources.py                              compile everything and write the table
     scripts/resources.py --check --chip sm_90 --first  compile one row per kernel, compare with the table
 
-One row per kernel, case (a set of constants), tile and chip: registers per thread, stack and spill bytes per
-thread, shared bytes per block, tensor-core instructions (mma on sm_80, wgmma on sm_90, tcgen05 on sm_100, MFMA
-on gfx942) and, beside them, older mma ones. A row with spills, or with more shared memory than the chip has,
-is an error: its tile must leave the kernel's list for that chip.
+One row per kernel, case (a set of constants), tile and chip: registers per thread, stack and spill bytes
+per thread, shared bytes per block, tensor-core instructions (mma on sm_80, wgmma on sm_90, tcgen05 on sm_100,
+MFMA on gfx942) and, beside them, older mma ones. A row with spills, or with more shared memory than the chip
+has, is an error: its tile must leave the kernel's list for that chip.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def faults(row: dict[str, str]) -> list[str]:
 
 
 def differences(rows: list[dict[str, str]], table: list[dict[str, str]]) -> list[str]:
-    """What the committed table says otherwise; a table of other versions is compared in its keys and faults."""
+    """Where the committed table differs; one made by other versions is compared in its keys only."""
     known, found = {tuple(row[key] for key in KEY): row for row in table}, []
     for row in rows:
         old = known.get(tuple(row[key] for key in KEY))

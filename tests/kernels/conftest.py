@@ -1,4 +1,4 @@
-"""Kernels run natively where there is a GPU, and in Triton's interpreter elsewhere: it must be told before they load."""
+"""Kernels run natively on a GPU and in Triton's interpreter elsewhere, which must be set before they load."""
 
 from __future__ import annotations
 

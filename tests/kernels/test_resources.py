@@ -1,4 +1,4 @@
-"""The resource table: what the kernels use on each chip, compiled here and compared with the committed file."""
+"""The resource table: what the kernels use on each chip, compiled here and compared with the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: `attnzoo list | show | train | generate | doctor`. Importing it is light."""
+"""The command line: `attnzoo list | show | train | generate | doctor | bench`. Importing it is light."""
 
 from __future__ import annotations
 
@@ -98,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="versions, devices, and which implementation each variant uses here"
     )
     doctor.set_defaults(command=_command("doctor", "doctor_command"))
+
+    bench = commands.add_parser("bench", help="time the ops against SDPA, FlexAttention and fla")
+    bench.add_argument("ops", nargs="*", help="attention, scan, compose ...; all without a name")
+    bench.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    bench.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
+    bench.add_argument("--rounds", type=int, default=7)
+    bench.add_argument("--out", default="benchmarks/results", help="folder of the CSV files")
+    bench.set_defaults(command=_command("bench", "bench_command"))
     return parser
 
 

@@ -98,8 +98,8 @@ def attention(
         scale: default ``d ** -0.5``.
         score, normalise, weights: replace the dot product and the softmax, and map the weights after it.
         impl: "sdpa", "flex" or "xformers", which know only the dot product and the softmax; "triton", which
-            also knows score and normalise stages with an ``op``; "reference". What reads several sets, asks for
-            ``also`` or stands in a ring goes to the reference.
+            also knows score and normalise stages with an ``op``; "reference". What reads several sets, asks
+            for ``also`` or stands in a ring goes to the reference.
         once: memoises masks for other layers of the same forward.
         also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the
             reference.
