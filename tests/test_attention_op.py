@@ -11,7 +11,7 @@ from torch import Tensor
 from attnzoo.attention.stages.mask import Both, Causal, Either, Mask, Sinks, Window, band
 from attnzoo.attention.timeline import Axis
 from attnzoo.ops import Keys, attention
-from attnzoo.ops.attention import computed_pairs
+from attnzoo.ops.attention import LEAST_RECOMPUTED, computed_pairs
 
 MASKS = [
     Causal(),
@@ -176,3 +176,19 @@ def test_rows_that_see_nothing_are_zero() -> None:
 def test_bad_bands(window: int | None, n_sink: int, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):
         band(window, n_sink)
+
+
+def test_long_rows_are_recomputed_not_kept() -> None:
+    """Gradients that come from scores made again are those of dense scores."""
+    T = LEAST_RECOMPUTED + 40
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 1, T, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
+    o = attention(q, Keys(k, v), impl="reference")
+    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    dense = (q @ k.mT / 2).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+    do = torch.randn(o.shape, generator=g, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(y, (q, k, v), do) for y in (o, dense))
+    for a, b in zip((o, *found), (dense, *expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -110,6 +110,7 @@ class ScoreAttention(Mixer):
                 normalise=self.normalise,
                 weights=None if self.score is None else self.score.weights,
                 impl=self.chosen(q.device).impl,
+                kernels=self.options["impl"] == "auto",
                 once=call.line.once,
                 also=also,
             )

@@ -10,13 +10,17 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import Axis
 from attnzoo.ops import adapters
 from attnzoo.ops.kept import fits, kept_attention
+from attnzoo_kernels.latent_decode import latent_decode
+from attnzoo_kernels.launch import choose
 
-ROWS = 128  # query rows whose scores exist at once in the reference
+ROWS = 128  # query rows whose scores exist at once in the reference, over few keys
+LEAST_RECOMPUTED = 2048  # tokens from which a chunk's scores are made again in the backward, not kept
 LEAST_KEPT = 64  # tokens from which keeping the weights pays on a CPU
 BAND_ROWS = 128  # query rows per call of the fused path in a window
 
@@ -29,6 +33,8 @@ class Keys(NamedTuple):
         axis: order and document of each key; None = ``0..S-1`` of one document.
         aligned: key ``S - T + i`` is query ``i``'s own token, in every row.
         k_map, v_map: ``(H,)`` which key and value head each query head reads; None = consecutive groups.
+        rest: ``(B, 1, S, d_r)``, for latents: k is v, and the whole key is v followed by it. Kernels read the
+            latent once; what needs whole keys has them joined first.
     """
 
     k: Tensor
@@ -37,6 +43,7 @@ class Keys(NamedTuple):
     aligned: bool = True
     k_map: Tensor | None = None
     v_map: Tensor | None = None
+    rest: Tensor | None = None
 
 
 class Geo(NamedTuple):
@@ -85,6 +92,7 @@ def attention(
     normalise: Callable[[Tensor, Tensor], Tensor] | None = None,
     weights: Callable[[Tensor, Geo], Tensor] | None = None,
     impl: str = "sdpa",
+    kernels: bool = False,
     once: Callable | None = None,
     also: tuple[str, ...] = (),
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -100,6 +108,7 @@ def attention(
         impl: "sdpa", "flex" or "xformers", which know only the dot product and the softmax; "triton", which
             also knows score and normalise stages with an ``op``; "reference". What reads several sets, asks
             for ``also`` or stands in a ring goes to the reference.
+        kernels: let our kernels read cached latents on a GPU, whatever ``impl`` is.
         once: memoises masks for other layers of the same forward.
         also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the
             reference.
@@ -113,9 +122,14 @@ def attention(
     if query is None:
         span = pairs[0][0].k.shape[2]
         query = Axis(torch.arange(span - q.shape[2], span, device=q.device)[None], None)
-    pairs = [(_with_axis(keys), m) for keys, m in pairs]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = score is None and normalise is None and weights is None and not also
+    if plain and len(pairs) == 1 and _decodes_latents(q, *pairs[0], impl, kernels):
+        keys, own = pairs[0]
+        span = adapters.span_of(own, query, keys.v.shape[2])
+        rope = None if keys.rest is None else keys.rest[:, 0]
+        return latent_decode(q, keys.v[:, 0], rope, span, scale=scale, impl="triton")
+    pairs = [(_with_axis(_whole(keys)), m) for keys, m in pairs]
     if impl != "reference" and len(pairs) == 1 and not also:
         keys, own = pairs[0]
         if impl == "triton" and keys.aligned:
@@ -149,6 +163,18 @@ def _kernels(
     from attnzoo_kernels.attention import attention as kernel_attention
 
     return kernel_attention(q, k, v, span, scale=scale, impl="triton")
+
+
+def _decodes_latents(q: Tensor, keys: Keys, mask: Mask, impl: str, kernels: bool) -> bool:
+    """One new token over cached latents, without gradients, where our kernels may run."""
+    one = keys.k is keys.v and keys.aligned and q.shape[2] == 1 and not torch.is_grad_enabled()
+    if not one or adapters.band_of(mask) is None:
+        return False
+    return impl == "triton" or (kernels and choose("latent_decode", "auto", q, keys.v) == "triton")
+
+
+def _whole(keys: Keys) -> Keys:
+    return keys if keys.rest is None else keys._replace(k=torch.cat([keys.k, keys.rest], dim=-1), rest=None)
 
 
 def _with_axis(keys: Keys) -> Keys:
@@ -290,29 +316,42 @@ def _chunked(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Query rows in chunks, so that scores never exist for all of T at once."""
     T, S, outs, extra = q.shape[2], keys.k.shape[2], [], {name: [] for name in also}
+    step = chunk_rows(S)
     runs = (
-        spans(mask, T, keys, ROWS)
+        spans(mask, T, keys, step)
         if mask
-        else [(slice(a, min(a + ROWS, T)), None) for a in range(0, T, ROWS)]
+        else [(slice(a, min(a + step, T)), None) for a in range(0, T, step)]
     )
     keys = keys._replace(
         k=keys.k if keys.k_map is None else keys.k[:, keys.k_map],
         v=keys.v if keys.v_map is None else keys.v[:, keys.v_map],
     )
-    for rows, cols in runs:
+
+    def run(rows: slice, cols: slice | Tensor | None) -> tuple[Tensor, ...]:
         part = select(keys, cols)
         geo = Geo(part, visible(rows, part), rows, cols)
         s = score(q[:, :, rows], geo)
         p = normalise(s, geo.visible)
         if weights is not None:
             p = weights(p, geo)
-        outs.append(grouped_matmul(p.to(part.v.dtype), part.v))
-        if "lse" in also:
-            extra["lse"].append(s.masked_fill(~geo.visible, float("-inf")).logsumexp(-1))
-        if "p" in also:
-            extra["p"].append(_spread(p, cols, S))
-    o = torch.cat(outs, dim=2)
-    return (o, {name: torch.cat(parts, dim=2) for name, parts in extra.items()}) if also else o
+        own = {"lse": lambda: s.masked_fill(~geo.visible, float("-inf")).logsumexp(-1)}
+        own["p"] = lambda: _spread(p, cols, S)
+        return grouped_matmul(p.to(part.v.dtype), part.v), *(own[name]() for name in also)
+
+    recompute = torch.is_grad_enabled() and T >= LEAST_RECOMPUTED
+    # the longest rows first: what they free then fits the rest, and the allocator's heap does not creep up
+    for rows, cols in reversed(runs):
+        o, *more = checkpoint(run, rows, cols, use_reentrant=False) if recompute else run(rows, cols)
+        outs.append(o)
+        for name, value in zip(also, more, strict=True):
+            extra[name].append(value)
+    o = torch.cat(outs[::-1], dim=2)
+    return (o, {name: torch.cat(parts[::-1], dim=2) for name, parts in extra.items()}) if also else o
+
+
+def chunk_rows(S: int) -> int:
+    """Query rows whose scores exist at once: fewer over many keys, so that their memory is bounded."""
+    return ROWS if S < LEAST_RECOMPUTED else max(16, ROWS * LEAST_RECOMPUTED // S)
 
 
 def computed_pairs(mask: Mask, T: int, impl: str) -> int:
@@ -323,7 +362,7 @@ def computed_pairs(mask: Mask, T: int, impl: str) -> int:
     if impl == "sdpa" and not _is_banded(mask, T, T):
         return mask.pairs(T) if mask == Causal() else T * T
     total = 0
-    for rows, cols in spans(mask, T, keys, BAND_ROWS if impl == "sdpa" else ROWS):
+    for rows, cols in spans(mask, T, keys, BAND_ROWS if impl == "sdpa" else chunk_rows(T)):
         width = T if cols is None else len(range(T)[cols]) if isinstance(cols, slice) else cols.numel()
         total += (rows.stop - rows.start) * width
     return total

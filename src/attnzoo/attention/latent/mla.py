@@ -103,10 +103,11 @@ class Latent(Late, Stage):
         up = self.kv_up.weight.unflatten(0, (self.heads, d_n + d_v))
         up_k, up_v = up.split([d_n, d_v], dim=1)
         c = rows["latent"]
-        q, k = q @ up_k.to(q.dtype), c
+        q = q @ up_k.to(q.dtype)
         if self.turned:
-            q, k = torch.cat([q, q_rot], dim=-1), torch.cat([c, rows["k_rope"]], dim=-1)
-        return q, Keys(k, c), lambda z: torch.einsum("bthc,hvc->bthv", z, up_v.to(z.dtype))
+            q = torch.cat([q, q_rot], dim=-1)
+        keys = Keys(c, c, rest=rows.get("k_rope"))
+        return q, keys, lambda z: torch.einsum("bthc,hvc->bthv", z, up_v.to(z.dtype))
 
     def memory(self) -> dict[str, Slot]:
         rows = {"latent": Slot("rows", (1, self.rank))}
