@@ -18,7 +18,7 @@ def entmax(
     n_iter: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """alpha-entmax over the last axis: p_j = [(alpha - 1) z_j - tau]_+^(1 / (alpha - 1)), tau such that sum p = 1.
+    """alpha-entmax over the last axis: p_j = [(alpha - 1) z_j - tau]_+^(1 / (alpha - 1)) with sum p = 1.
 
     arXiv 1905.05702, 1909.00015. alpha = 2 is sparsemax; alpha -> 1 tends to softmax.
 

@@ -79,7 +79,7 @@ def forward_blocks(
     low = -1.0 + 0.0 * less
     high = -tl.exp2(-tl.log2(S.to(tl.float32)) * less)
     # One round more than n_iter: it sums at the final tau, which is low.
-    total = low
+    tau, total = low, low
     for i in range(n_iter + 1):
         tau = tl.where(i < n_iter, (low + high) * 0.5, low)
         parts = tl.zeros([BLOCK], tl.float32)

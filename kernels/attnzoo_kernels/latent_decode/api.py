@@ -67,7 +67,9 @@ def _validate(q: Tensor, c: Tensor, k_rope: Tensor | None, span: Span) -> None:
             f"q: needs shape (B, H, 1, d_c + d_r), got {tuple(q.shape)}; one token is decoded at a time"
         )
     if c.dim() != 3:
-        raise ValueError(f"c: needs shape (B, S, d_c), got {tuple(c.shape)}; drop the axis of the one key head")
+        raise ValueError(
+            f"c: needs shape (B, S, d_c), got {tuple(c.shape)}; drop the axis of the one key head"
+        )
     if k_rope is not None and k_rope.dim() != 3:
         raise ValueError(
             f"k_rope: needs shape (B, S, d_r), got {tuple(k_rope.shape)}; drop the axis of the one key head"

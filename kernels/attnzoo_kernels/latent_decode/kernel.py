@@ -1,7 +1,7 @@
 """Flash-decoding over latents: partial results per split of the visible keys, then their merge.
 
-All query heads share the one key head, so heads are the rows of the tensor-core tile, and a tile of latents is
-loaded once to serve as keys and as values.
+All query heads share the one key head, so heads are the rows of the tensor-core tile, and a tile of latents
+is loaded once to serve as keys and as values.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def partial(
         rows = tl.load(c + j[:, None] * C_S + d[None, :], mask=here & (d < D_C)[None, :], other=0.0)
         s = tl.dot(q_c, tl.trans(rows), input_precision=PRECISION)
         if D_R > 0:
-            turned = tl.load(k_rope + j[:, None] * R_S + e[None, :], mask=here & (e < D_R)[None, :], other=0.0)
+            turned = tl.load(
+                k_rope + j[:, None] * R_S + e[None, :], mask=here & (e < D_R)[None, :], other=0.0
+            )
             s = tl.dot(q_r, tl.trans(turned), s, input_precision=PRECISION)
         s = tl.where((at < stop)[None, :], s * scale, -float("inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
@@ -127,9 +129,9 @@ PARTIAL = Kernel(
     partial,
     (
         Tile({"BLOCK_H": 16, "BLOCK_S": 32}, 4, 2),
-        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 4, 2),
-        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 8, 2),
-        Tile({"BLOCK_H": 64, "BLOCK_S": 64}, 8, 2),
+        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 4, 2, ("sm_80", "sm_90", "sm_100")),
+        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 8, 2, ("sm_80", "sm_90", "sm_100")),
+        Tile({"BLOCK_H": 64, "BLOCK_S": 64}, 8, 2, ("sm_80", "sm_90")),
     ),
     _CASES,
     _TYPES,

@@ -30,7 +30,14 @@ def _splits(programs: int, keys: int, block: int, device: torch.device) -> int:
 
 @torch.library.custom_op("attnzoo::latent_decode_forward", mutates_args=())
 def latent_decode_forward(
-    q: Tensor, c: Tensor, k_rope: Tensor | None, first: Tensor, own: Tensor, window: int, n_sink: int, scale: float
+    q: Tensor,
+    c: Tensor,
+    k_rope: Tensor | None,
+    first: Tensor,
+    own: Tensor,
+    window: int,
+    n_sink: int,
+    scale: float,
 ) -> Tensor:
     from attnzoo_kernels.latent_decode import kernel as k
 
@@ -92,7 +99,8 @@ def worst(device: torch.device) -> tuple[float, float]:
     """Largest error on a small case, and what rounding (also TF32's) explains."""
     draw = torch.Generator().manual_seed(0)
     q, c, k_rope = (
-        torch.randn(*shape, generator=draw).to(device) for shape in ((2, 20, 1, 80), (2, 300, 64), (2, 300, 16))
+        torch.randn(*shape, generator=draw).to(device)
+        for shape in ((2, 20, 1, 80), (2, 300, 64), (2, 300, 16))
     )
     first = torch.tensor([[3], [0]], dtype=torch.int32, device=device)
     own = torch.tensor([[299], [170]], dtype=torch.int32, device=device)
