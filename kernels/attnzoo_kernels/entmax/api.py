@@ -24,9 +24,9 @@ def entmax(
 
     Args:
         scores: (B,H,T,S).
-        alpha: (H,) floating-point tensor or a number, above 1 and at most 2; below 1.01 the division by
-            (alpha - 1)^2 in its gradient has few exact digits. Values outside give NaN where they lie on
-            a GPU, whose values are not read here, and an error elsewhere.
+        alpha: (H,) floating-point tensor or a number, meant for 1.01 to 2: above 1 and at most 2, with ever
+            fewer exact digits below 1.01. Values outside give NaN where they lie on a GPU, whose values are
+            not read here, and an error elsewhere.
         visible: (B or 1, 1 or H, T, S) bool; None = all.
         n_iter: halvings of the interval that holds tau; 24 by default, 50 in fp64.
         impl: "triton", "reference" or "auto".

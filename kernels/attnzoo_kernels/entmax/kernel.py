@@ -14,8 +14,18 @@ SHORT = 2048
 
 @triton.jit
 def _power(x, power):
-    """[x]_+ ** power; exactly 0 where x <= 0."""
-    return tl.where(x > 0, tl.exp2(tl.log2(tl.where(x > 0, x, 1.0)) * power), 0.0)
+    """[x]_+ ** power; exactly 0 where x <= 0, and NaN stays NaN."""
+    off = x <= 0
+    return tl.where(off, 0.0, tl.exp2(tl.log2(tl.where(off, 1.0, x)) * power))
+
+
+@triton.jit
+def _phi(t):
+    """e^t - 1 - t e^t for t <= 0, by its series near 0, where the terms cancel."""
+    series = 1 / 840 + t * (1 / 5760 + t * (1 / 45360 + t * (1 / 403200)))
+    series = 1 / 2 + t * (1 / 3 + t * (1 / 8 + t * (1 / 30 + t * (1 / 144 + t * series))))
+    direct = tl.exp2(t * 1.4426950408889634) * (1.0 - t) - 1.0
+    return tl.where(t > -0.5, -t * t * series, direct)
 
 
 @triton.jit
@@ -94,7 +104,7 @@ def forward_blocks(
     for start in range(0, S, BLOCK):
         at = start + j
         x = _load(z, visible, at, at, at < S, HAS_VISIBLE)
-        y = tl.where(top == -float("inf"), 0.0, _power(less * (x - shift) - tau, power) / total)
+        y = tl.where(top == -float("inf"), 0.0, _power(less * (x - shift) - low, power) / total)
         tl.store(p + at, y.to(p.dtype.element_ty), mask=at < S)
 
 
@@ -122,9 +132,10 @@ def backward(g, p, alpha, dz, dalpha, H, T, S, BLOCK: tl.constexpr):
         at = start + j
         y = tl.load(p + at, mask=at < S, other=0.0).to(tl.float32)
         centred = tl.load(g + at, mask=at < S, other=0.0).to(tl.float32) - mean
-        tl.store(dz + at, (_power(y, 2.0 - a) * centred).to(dz.dtype.element_ty), mask=at < S)
+        by_score = _power(y, 2.0 - a) * centred
+        tl.store(dz + at, by_score.to(dz.dtype.element_ty), mask=at < S)
         log = tl.log2(tl.where(y > 0, y, 1.0)) * 0.6931471805599453
-        part += tl.where(y > 0, centred * y * (power * power - log * power), 0.0)
+        part += by_score * _phi((a - 1.0) * log) * (power * power)
     tl.store(dalpha + row, tl.sum(part, axis=0))
 
 
@@ -137,14 +148,17 @@ _BACKWARD = dict.fromkeys(("g", "p", "dz"), "*bf16") | dict.fromkeys(("alpha", "
 SHORT_ROWS = Kernel(
     "entmax_forward_short",
     forward_whole,
-    (Tile({"ROWS": 1}, 4, 1), Tile({"ROWS": 2}, 4, 1), Tile({"ROWS": 4}, 8, 1)),
+    (Tile({"ROWS": 1}, 4, 1), Tile({"ROWS": 2}, 4, 1)),
     {"bf16": {"HAS_VISIBLE": False, "BLOCK": SHORT}, "bf16_visible": {"HAS_VISIBLE": True, "BLOCK": SHORT}},
     _FORWARD,
 )
 LONG_ROWS = Kernel(
     "entmax_forward_long",
     forward_whole,
-    (Tile({"ROWS": 1}, 8, 1), Tile({"ROWS": 1}, 16, 1)),
+    (
+        Tile({"ROWS": 1}, 8, 1, ("sm_80", "sm_90", "gfx942")),
+        Tile({"ROWS": 1}, 16, 1, ("sm_90", "sm_100", "gfx942")),
+    ),
     {"bf16": {"HAS_VISIBLE": False, "BLOCK": WHOLE}, "bf16_visible": {"HAS_VISIBLE": True, "BLOCK": WHOLE}},
     _FORWARD,
 )
@@ -158,7 +172,11 @@ BLOCKS = Kernel(
 BACKWARD = Kernel(
     "entmax_backward",
     backward,
-    (Tile({"BLOCK": 1024}, 4, 1), Tile({"BLOCK": 2048}, 4, 1), Tile({"BLOCK": 4096}, 8, 1)),
+    (
+        Tile({"BLOCK": 1024}, 4, 1),
+        Tile({"BLOCK": 2048}, 4, 1, ("sm_80", "sm_90", "gfx942")),
+        Tile({"BLOCK": 4096}, 8, 1),
+    ),
     {"bf16": {}},
     _BACKWARD | dict.fromkeys(("H", "T", "S"), "i32"),
 )

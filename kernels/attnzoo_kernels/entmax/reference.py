@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -42,24 +43,30 @@ def bisect(z: Tensor, alpha: Tensor, visible: Tensor | None, n_iter: int) -> Ten
     return torch.where(seen, p / p.sum(-1, keepdim=True), 0.0)
 
 
+def _phi(t: Tensor) -> Tensor:
+    """e^t - 1 - t e^t for t <= 0, by its series near 0, where the terms cancel."""
+    series = torch.zeros_like(t)
+    for k in range(16, 1, -1):
+        series = series * t + (k - 1) / math.factorial(k)
+    return torch.where(t > -0.5, -t * t * series, t.exp() * (1 - t) - 1)
+
+
 def gradients(g: Tensor, p: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """By z, and by alpha per row ``(..., T)``; all in g's dtype.
 
-    With w = p^(2 - alpha) on the support and gbar = sum w g / sum w:
+    With w = p^(2 - alpha) on the support, gbar = sum w g / sum w and t = (alpha - 1) ln p:
 
-        dz_j = w_j (g_j - gbar)
-        dalpha = sum_j (g_j - gbar) p_j (1 / (alpha - 1)^2 - ln p_j / (alpha - 1))
+        dz_j = w_j (g_j - gbar),  dalpha = sum_j dz_j (e^t_j - 1 - t_j e^t_j) / (alpha - 1)^2
 
-    which is the papers' sum of g dp/dalpha, its terms in ptilde = w / sum w gone because
-    sum ptilde (g - gbar) = 0.
+    That is the papers' sum of g_j dp_j/dalpha, rearranged by sum w (g - gbar) = 0: there, terms of the size
+    of 1 / (alpha - 1)^2 cancel; this keeps its digits down to alpha = 1, where it is -sum dz ln^2 p / 2.
     """
     on = p > 0
     base = torch.where(on, p, 1.0)
     w = torch.where(on, base.pow(2 - alpha), 0.0)
     total = w.sum(-1, keepdim=True)
-    centred = g - (w * g).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
-    slope = p * (1 / (alpha - 1) ** 2 - base.log() / (alpha - 1))
-    return w * centred, (torch.where(on, centred, 0.0) * slope).sum(-1)
+    dz = w * (g - (w * g).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0))
+    return dz, (dz * _phi((alpha - 1) * base.log())).sum(-1) / (alpha - 1).squeeze(-1) ** 2
 
 
 class _Entmax(torch.autograd.Function):

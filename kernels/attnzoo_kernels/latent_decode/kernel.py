@@ -131,7 +131,7 @@ PARTIAL = Kernel(
         Tile({"BLOCK_H": 16, "BLOCK_S": 32}, 4, 2),
         Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 4, 2, ("sm_80", "sm_90", "sm_100")),
         Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 8, 2, ("sm_80", "sm_90", "sm_100")),
-        Tile({"BLOCK_H": 64, "BLOCK_S": 64}, 8, 2, ("sm_80", "sm_90")),
+        Tile({"BLOCK_H": 64, "BLOCK_S": 64}, 8, 2, ("sm_90",)),
     ),
     _CASES,
     _TYPES,

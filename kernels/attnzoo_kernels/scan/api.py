@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.launch import choose
 from attnzoo_kernels.scan.chunked import scan_chunked
 from attnzoo_kernels.scan.reference import scan_quadratic, scan_recurrent, scan_step
 
@@ -27,7 +26,6 @@ def scan(
     chunk_size: int = 64,
     segments: Tensor | None = None,
     form: str = "chunked",
-    impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Run a state S (K,V) per head over time, write k v^T, and read q after the write.
 
@@ -51,7 +49,6 @@ def scan(
             at the first token of any other run the state is zero. The final state is that of the last
             token's run. A padded tail carries the last run's index, k = v = 0, e = 0, beta = 0 and g = 0:
             with padding, give a constant decay per token.
-        impl: "triton", "reference", or "auto": kernels on a GPU. They serve form="chunked", not in fp64.
         form: "chunked"; "recurrent", a loop over tokens; "quadratic", T x T matrices, without e and a.
 
     Returns:
@@ -67,9 +64,6 @@ def scan(
     double = torch.float64 in (q.dtype, k.dtype, v.dtype, initial_state is not None and initial_state.dtype)
     dtype = torch.float64 if double else torch.float32
     scale = K**-0.5 if scale is None else scale
-    if form == "chunked" and choose("scan", impl, q, k, v, g, beta, e, a, initial_state) == "triton":
-        o, state = _kernels(q, k, v, g, beta, e, a, scale, initial_state, segments, chunk_size)
-        return o, state if output_final_state else None
     with torch.autocast(q.device.type, enabled=False):
         if initial_state is None:
             initial_state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype)
@@ -80,27 +74,6 @@ def scan(
             operands = [None if x is None else x.to(dtype) for x in (q * scale, k, v, g, beta, e, a)]
             o, state = _unchunked(form, operands, state, segments)
     return o.to(v.dtype), state if output_final_state else None
-
-
-def _kernels(q, k, v, g, beta, e, a, scale, initial_state, segments, chunk_size) -> tuple[Tensor, Tensor]:
-    """The Triton kernels; one token without gradients takes the fused step."""
-    from attnzoo_kernels.scan.ops_delta import scan_delta
-    from attnzoo_kernels.scan.ops_plain import scan_plain
-    from attnzoo_kernels.scan.ops_step import scan_step as fused_step
-
-    (B, T, H, K), V = q.shape, v.shape[-1]
-    if initial_state is None:
-        initial_state = q.new_zeros(B, H, K, V, dtype=torch.float32)
-    state = initial_state.float()
-    given = [x for x in (q, k, v, g, beta, e, a, state) if x is not None]
-    if T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
-        operands = (x if x is None or x.dim() == 1 else x[:, 0] for x in (q, k, v, g, beta, e, a))
-        fresh = None if segments is None else segments[:, 0] != 0
-        o, state = fused_step(state, *operands, scale, fresh=fresh)
-        return o.unsqueeze(1).to(v.dtype), state
-    if beta is None and a is None:
-        return scan_plain(q, k, v, g, scale, state, segments, chunk_size)
-    return scan_delta(q, k, v, g, beta, e, a, scale, state, segments, chunk_size)
 
 
 def _unchunked(

@@ -197,8 +197,9 @@ class ScoreFrame(Frame):
             scale=draft.scale or draft.qk_width**-0.5,
             head_widths=(draft.qk_width, draft.v_head_dim),
         )
-        own = {name: slots[name] for name in ("score", "normalise") if name in slots}
-        mixer.choices = choose_score(host["impl"], own, slots["mask"], _materialised(draft, own))
+        own = [name for name in ("score", "normalise") if name in slots]
+        between = [type(stage).__name__ for stage in (*slots["refine"], *(slots[name] for name in own))]
+        mixer.choices = choose_score(host["impl"], own, slots["mask"], project.late, between)
         return mixer
 
 
@@ -250,10 +251,7 @@ class RecurrentFrame(Frame):
         gates = draft.fill("gates", NoGates)
         scale = draft.head_dim**-0.5 if draft.scale is None else draft.scale
         draft.fill(
-            "scan",
-            lambda: Scan(
-                H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind, host["impl"]
-            ),
+            "scan", lambda: Scan(H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind)
         )
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
@@ -272,14 +270,6 @@ def add_gate(draft: Draft) -> None:
         )
     gate = Gate(draft.site, draft.dim, draft.o_heads, draft.v_head_dim, torch.sigmoid, kind == "elementwise")
     draft.slots["combine"].append(gate)
-
-
-def _materialised(draft: Draft, own: dict[str, Stage]) -> str:
-    """Why a late projection cannot be read as it is cached, for the reason that `doctor` prints."""
-    between = [type(stage).__name__ for stage in (*draft.slots["refine"], *own.values())]
-    if not (draft.slots["project"].late and between):
-        return ""
-    return f"; decodes with materialised keys, since {' and '.join(between)} acts on them"
 
 
 def _divisors(n: int) -> list[int]:

@@ -7,80 +7,61 @@ import torch
 from attnzoo.attention.base import Choice, Choices, same
 from attnzoo.attention.stages.mask import Static
 from attnzoo.ops.adapters import band_of, has_xformers
-from attnzoo_kernels.launch import has_triton, interpreting
+from attnzoo_kernels.launch import has_triton
 
 
-def choose_score(asked: str, own: dict[str, object], mask: object, late: str) -> Choices:
+def choose_score(asked: str, own: list[str], mask: object, late: bool, between: list[str]) -> Choices:
     """For `ScoreAttention`.
 
     Args:
         asked: the option ``impl``.
-        own: the mixer's own score and normalise stages, by slot; empty = dot product and softmax. A stage
-            that a kernel serves names it in ``op``.
-        mask: the mask stage. late: what to add to the reason about decoding.
+        own: slots with a stage of the mixer's own; empty = dot product and softmax.
+        mask: the mask stage.
+        late: keys are made from what is cached; between: stages that act on them and so must see them whole.
 
     Raises:
         ValueError: the request cannot be met; the message says which condition failed.
     """
     what = " and ".join(own)
-    served = bool(own) and all(getattr(stage, "op", None) for stage in own.values())
-    banded = isinstance(mask, Static) and band_of(mask.mask) is not None
+    why = f"own {what}: no fused path, query-chunked torch" if own else "dot product and softmax: fused"
+    if late and between:
+        why += f"; decodes with materialised keys, since {' and '.join(between)} acts on them"
+    if asked == "auto" and own:
+        return same("reference", why)
     if asked == "auto":
-        if not own:
-            return same("sdpa", f"dot product and softmax: fused{late}")
-        plain = Choice("reference", f"own {what}: no fused path, query-chunked torch{late}")
-        if served and banded and has_triton():
-            return {"cpu": plain, "cuda": Choice("triton", f"own {what}: fused in a kernel{late}")}
-        return {"cpu": plain, "cuda": plain}
+        decode = "; decodes cached latents in a kernel" if late and not between and has_triton() else ""
+        return {"cpu": Choice("sdpa", why), "cuda": Choice("sdpa", why + decode)}
     if asked == "reference":
-        return same(asked, f"asked for{late}")
-    if own and not (asked == "triton" and served):
+        return same(asked, "asked for")
+    if asked == "triton":
         raise ValueError(
-            f"impl: {asked!r} computes dot products and softmax, {next(iter(own))} here is its own; "
-            f"use auto{', triton' if served else ''} or reference"
+            "impl: 'triton' has no kernel that trains scores in this version, got impl='triton'; "
+            "use auto, reference, sdpa, flex or xformers"
         )
-    if asked == "flex":
-        return same(asked, "asked for; no backward on a CPU")
-    if asked != "sdpa" and not banded:
+    if own:
         raise ValueError(
-            f"impl: {asked!r} takes causal masks, windows and sinks only, got another mask; use flex"
+            f"impl: {asked!r} computes dot products and softmax, {own[0]} here is its own; "
+            "use auto or reference"
         )
     if asked == "xformers":
         _require_xformers(mask)
-    if asked == "triton":
-        require_triton()
-    return same(asked, f"asked for{late}")
+    return same(asked, "asked for; no backward on a CPU" if asked == "flex" else "asked for")
 
 
 def choose_scan(asked: str) -> Choices:
     """For `RecurrentAttention`; see `choose_score`."""
-    plain = Choice("reference", "chunked scan in torch matmuls")
-    if asked == "auto":
-        kernels = Choice("triton", "chunked scan in kernels") if has_triton() else plain
-        return {"cpu": plain, "cuda": kernels}
-    if asked == "reference":
-        return same(asked, "asked for")
-    if asked == "triton":
-        require_triton()
-        return same(asked, "asked for")
-    raise ValueError(
-        f"impl: {asked!r} does not run a scan, got impl={asked!r}; use auto, triton or reference"
-    )
+    if asked in ("auto", "reference"):
+        return same("reference", "chunked scan in torch matmuls")
+    raise ValueError(f"impl: {asked!r} does not run a scan, got impl={asked!r}; use auto or reference")
 
 
-def require_triton() -> None:
-    if not has_triton():
-        raise ValueError("impl: 'triton' needs the package triton, which is missing; install attnzoo[triton]")
-    if not (torch.cuda.is_available() or interpreting()):
-        raise ValueError("impl: 'triton' needs a GPU, and there is none here; use auto or reference")
-
-
-def _require_xformers(mask: Static) -> None:
+def _require_xformers(mask: object) -> None:
     if not has_xformers():
         raise ValueError(
             "impl: 'xformers' needs the package xformers, which is missing; install attnzoo[xformers]"
         )
     if not torch.cuda.is_available():
         raise ValueError("impl: 'xformers' has no CPU operators, and there is no GPU here; use auto or sdpa")
-    if mask.mask.sinks():
-        raise ValueError(f"impl: 'xformers' has no sinks, got {mask.mask}; use auto, sdpa or flex")
+    band = band_of(mask.mask) if isinstance(mask, Static) else None
+    if band is None or band[1]:
+        raise ValueError("impl: 'xformers' knows causal masks and windows without sinks; use sdpa or flex")

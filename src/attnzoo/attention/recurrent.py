@@ -45,13 +45,17 @@ class Scan(Stage):
     """The recurrence itself, with its state ``S`` ``(H, d_k, d_v)``."""
 
     def __init__(
-        self, heads: int, k_width: int, v_width: int, chunk_size: int, scale: float, kind: str, impl: str
+        self, heads: int, k_width: int, v_width: int, chunk_size: int, scale: float, kind: str
     ) -> None:
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
-        self.shape, self.chunk_size = (heads, k_width, v_width), chunk_size
-        self.scale, self.kind, self.impl = scale, kind, impl
+        self.shape, self.chunk_size, self.scale, self.kind = (
+            (heads, k_width, v_width),
+            chunk_size,
+            scale,
+            kind,
+        )
 
     def memory(self) -> dict[str, Slot]:
         return {"S": Slot("state", self.shape)}
@@ -64,7 +68,6 @@ class Scan(Stage):
             output_final_state=call.mem.cache is not None,
             chunk_size=self.chunk_size,
             segments=call.line.doc,
-            impl=self.impl,
         )
         call.mem.put("S", state)
         return o

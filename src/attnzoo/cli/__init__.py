@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(command=_command("doctor", "doctor_command"))
 
-    bench = commands.add_parser("bench", help="time the ops against SDPA, FlexAttention and fla")
-    bench.add_argument("ops", nargs="*", help="attention, scan, compose ...; all without a name")
+    bench = commands.add_parser("bench", help="time the ops against SDPA, fla and plain torch")
+    bench.add_argument("ops", nargs="*", help="scan, latent_decode, entmax; all without a name")
     bench.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     bench.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     bench.add_argument("--rounds", type=int, default=7)

@@ -105,10 +105,10 @@ def attention(
         query: order and document of the queries; None = the last T places of one document.
         scale: default ``d ** -0.5``.
         score, normalise, weights: replace the dot product and the softmax, and map the weights after it.
-        impl: "sdpa", "flex" or "xformers", which know only the dot product and the softmax; "triton", which
-            also knows score and normalise stages with an ``op``; "reference". What reads several sets, asks
-            for ``also`` or stands in a ring goes to the reference.
-        kernels: let our kernels read cached latents on a GPU, whatever ``impl`` is.
+        impl: "reference", or "sdpa", "flex" and "xformers", which know only the dot product and the softmax:
+            what reads several sets or asks for ``also`` goes to the reference; xformers leaves keys in a ring
+            to SDPA.
+        kernels: let our kernels decode cached latents on a GPU, whatever ``impl`` is.
         once: memoises masks for other layers of the same forward.
         also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the
             reference.
@@ -124,7 +124,7 @@ def attention(
         query = Axis(torch.arange(span - q.shape[2], span, device=q.device)[None], None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = score is None and normalise is None and weights is None and not also
-    if plain and len(pairs) == 1 and _decodes_latents(q, *pairs[0], impl, kernels):
+    if kernels and plain and len(pairs) == 1 and _decodes_latents(q, *pairs[0]):
         keys, own = pairs[0]
         span = adapters.span_of(own, query, keys.v.shape[2])
         rope = None if keys.rest is None else keys.rest[:, 0]
@@ -132,8 +132,6 @@ def attention(
     pairs = [(_with_axis(_whole(keys)), m) for keys, m in pairs]
     if impl != "reference" and len(pairs) == 1 and not also:
         keys, own = pairs[0]
-        if impl == "triton" and keys.aligned:
-            return _kernels(q, keys, own, query, scale, score, normalise)
         if impl == "flex" and plain:
             return adapters.flex(q, *_paired(q, keys), own, query, keys.axis, scale, once)
         if impl == "xformers" and plain and keys.aligned:
@@ -144,33 +142,12 @@ def attention(
     return _chunked(q, keys, visible, sole, score or Dot(scale), normalise or softmax, weights, also)
 
 
-def _kernels(
-    q: Tensor,
-    keys: Keys,
-    mask: Mask,
-    query: Axis,
-    scale: float,
-    score: Score | None,
-    normalise: Callable | None,
-) -> Tensor:
-    """The op that the score or normalise stage names, or our softmax kernel."""
-    k, v = _paired(q, keys)
-    span = adapters.span_of(mask, query, k.shape[2])
-    if score is not None:
-        return score.op(q, k, v, span)
-    if normalise is not None:
-        return normalise.op(q, k, v, span, scale)
-    from attnzoo_kernels.attention import attention as kernel_attention
-
-    return kernel_attention(q, k, v, span, scale=scale, impl="triton")
-
-
-def _decodes_latents(q: Tensor, keys: Keys, mask: Mask, impl: str, kernels: bool) -> bool:
+def _decodes_latents(q: Tensor, keys: Keys, mask: Mask) -> bool:
     """One new token over cached latents, without gradients, where our kernels may run."""
     one = keys.k is keys.v and keys.aligned and q.shape[2] == 1 and not torch.is_grad_enabled()
     if not one or adapters.band_of(mask) is None:
         return False
-    return impl == "triton" or (kernels and choose("latent_decode", "auto", q, keys.v) == "triton")
+    return choose("latent_decode", "auto", q, keys.v) == "triton"
 
 
 def _whole(keys: Keys) -> Keys:

@@ -29,7 +29,6 @@ from attnzoo.attention.score import ScoreStage
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.registry import Card, register
-from attnzoo_kernels.span import Span
 
 
 class Compose(ScoreStage):
@@ -103,19 +102,6 @@ class Compose(ScoreStage):
     def weights(self, p: Tensor, geo: Geo) -> Tensor:
         """Composed weights, again 0 where masked."""
         return self._compose("post", p, geo).masked_fill(~geo.visible, 0.0)
-
-    def op(self, q: Tensor, k: Tensor, v: Tensor, span: Span, impl: str = "auto") -> Tensor:
-        """The whole attention, without storing scores: ``(B, H, T, d_v)``."""
-        from attnzoo_kernels.compose import compose
-
-        mixes = (self._mix(stage) if stage in self.composed else None for stage in ("pre", "post"))
-        return compose(q, k, v, span, *mixes, scale=self.dot.scale, impl=impl)
-
-    def _mix(self, stage: str):
-        from attnzoo_kernels.compose import Mix
-
-        static = getattr(self, f"W_b_{stage}") if self.static else None
-        return Mix(static, self.maps.get((stage, "query")), self.maps.get((stage, "key")))
 
     def _compose(self, stage: str, a: Tensor, geo: Geo) -> Tensor:
         """``a`` ``(B, H, t, S)`` mixed over H."""
