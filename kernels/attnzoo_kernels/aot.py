@@ -68,7 +68,11 @@ def compile_kernel(kernel: Kernel, case: str, tile: Tile, chip: str) -> Resource
     assert not missing, f"{kernel.name} {case}: no type or value for {missing}"
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = BaseBackend.parse_attr("D")
-    attrs = {(i,): aligned for i, name in enumerate(names) if signature[name].startswith("*")}
+    attrs = {
+        (i,): aligned
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or signature[name] == "i64"
+    }
     source = ASTSource(kernel.fn, signature, constants, attrs)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return _read(triton.compile(source, target=TARGETS[chip], options=options), chip)
