@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnzoo_kernels import launch
 from attnzoo_kernels.scan.chunked import scan_chunked
 from attnzoo_kernels.scan.reference import scan_quadratic, scan_recurrent, scan_step
 
 FORMS = ("chunked", "recurrent", "quadratic")
+LARGEST = 256  # a pass over the states keeps whole columns of them in registers
 
 
 def scan(
@@ -26,6 +28,7 @@ def scan(
     chunk_size: int = 64,
     segments: Tensor | None = None,
     form: str = "chunked",
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Run a state S (K,V) per head over time, write k v^T, and read q after the write.
 
@@ -50,6 +53,8 @@ def scan(
             token's run. A padded tail carries the last run's index, k = v = 0, e = 0, beta = 0 and g = 0:
             with padding, give a constant decay per token.
         form: "chunked"; "recurrent", a loop over tokens; "quadratic", T x T matrices, without e and a.
+        impl: "reference", "triton" (form="chunked", K up to 256) or "auto": kernels on a GPU. They take chunks
+            of 64, 32 or 16 tokens, whichever is the largest up to ``chunk_size``, and at least 16.
 
     Returns:
         o (B,T,H,V) in v's dtype, and S (B,H,K,V) or None. The work is done in fp32, or in fp64 if q, k, v or
@@ -64,6 +69,9 @@ def scan(
     double = torch.float64 in (q.dtype, k.dtype, v.dtype, initial_state is not None and initial_state.dtype)
     dtype = torch.float64 if double else torch.float32
     scale = K**-0.5 if scale is None else scale
+    if _choose(impl, form, q, k, v, g, beta, e, a, initial_state) == "triton":
+        o, state = _kernels(q, k, v, g, beta, e, a, scale, initial_state, segments, chunk_size)
+        return o, state if output_final_state else None
     with torch.autocast(q.device.type, enabled=False):
         if initial_state is None:
             initial_state = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype)
@@ -74,6 +82,44 @@ def scan(
             operands = [None if x is None else x.to(dtype) for x in (q * scale, k, v, g, beta, e, a)]
             o, state = _unchunked(form, operands, state, segments)
     return o.to(v.dtype), state if output_final_state else None
+
+
+def _choose(impl: str, form: str, q: Tensor, *others: Tensor | None) -> str:
+    chosen, why = launch.choose("scan", impl, q, *others), None
+    if form != "chunked":
+        why = f"the kernels run form='chunked', got {form!r}; use impl='reference'"
+    elif q.shape[-1] > LARGEST:
+        why = f"the kernels take keys up to {LARGEST} wide, got {q.shape[-1]}; use impl='reference'"
+    if chosen == "triton" and why:
+        if impl == "triton":
+            raise ValueError(f"impl: 'triton' cannot run scan: {why}")
+        return "reference"
+    return chosen
+
+
+def _kernels(q, k, v, g, beta, e, a, scale, initial_state, segments, chunk_size) -> tuple[Tensor, Tensor]:
+    """The Triton kernels; one token without gradients takes a step of its own."""
+    from attnzoo_kernels.scan.ops_delta import scan_delta
+    from attnzoo_kernels.scan.ops_plain import scan_plain
+    from attnzoo_kernels.scan.ops_step import scan_step_kernel
+    from attnzoo_kernels.scan.self_check import worst
+
+    launch.self_check("scan", q.device, worst)
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    if initial_state is None:
+        initial_state = q.new_zeros(B, H, K, V, dtype=torch.float32)
+    state = initial_state.float()
+    if g is not None and g.dim() == 1:
+        g = g.expand(B, T, H)
+    given = [x for x in (q, k, v, g, beta, e, a, state) if x is not None]
+    if T == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in given)):
+        row = (None if x is None else x[:, 0] for x in (q, k, v, g, beta, e, a))
+        fresh = None if segments is None else segments[:, 0] != 0
+        o, state = scan_step_kernel(state, *row, float(scale), fresh)
+        return o.unsqueeze(1), state
+    if beta is None and a is None:
+        return scan_plain(q, k, v, g, scale, state, segments, chunk_size)
+    return scan_delta(q, k, v, g, beta, e, a, scale, state, segments, chunk_size)
 
 
 def _unchunked(

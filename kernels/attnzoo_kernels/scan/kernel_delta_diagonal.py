@@ -63,7 +63,10 @@ def _one_probe(a, beta, at, exists, d, K, RANK_ONE: tl.constexpr):
 
 
 @triton.jit
-def _inside_block(q, k, e, a, beta, g, row, inside, d, H, K, BK: tl.constexpr, RANK_ONE: tl.constexpr):
+def _inside_block(
+    q, k, e, a, beta, g, row, inside, d, H, K,
+    BK: tl.constexpr, RANK_ONE: tl.constexpr, PROBES: tl.constexpr,
+):  # fmt: skip
     """The four products of a block with itself over one block of K; the diagonal counts for q only."""
     i = tl.arange(0, 16)
     pe = tl.zeros([16, 16], tl.float32)
@@ -76,7 +79,9 @@ def _inside_block(q, k, e, a, beta, g, row, inside, d, H, K, BK: tl.constexpr, R
     between = tl.zeros([16, BK], tl.float32)
     for r in range(16):
         at, exists = first + r * H, r < exist
-        query, probe = _one(q, at, exists, d, K), _one_probe(a, beta, at, exists, d, K, RANK_ONE)
+        query = _one(q, at, exists, d, K)
+        if PROBES:
+            probe = _one_probe(a, beta, at, exists, d, K, RANK_ONE)
         before = tl.exp2(between)
         logs = tl.maximum(_one(g, at, exists, d, K), MIN_LOG_DECAY) * LOG2_E
         between = tl.where((i < r)[:, None], between + logs[None, :], between)
@@ -86,8 +91,9 @@ def _inside_block(q, k, e, a, beta, g, row, inside, d, H, K, BK: tl.constexpr, R
         own, here = (i == r)[:, None], (i <= r)[None, :]
         score = tl.sum(columns * upto * query[None, :], 1)
         qe = tl.where(own & here, score[None, :], qe)
-        score = tl.sum(columns * before * probe[None, :], 1)
-        pe = tl.where(own & here, score[None, :], pe)
+        if PROBES:
+            score = tl.sum(columns * before * probe[None, :], 1)
+            pe = tl.where(own & here, score[None, :], pe)
         if RANK_ONE:
             qk = tl.where(own & here, tl.sum(keys * upto * query[None, :], 1)[None, :], qk)
             pk = tl.where(own & here, tl.sum(keys * before * probe[None, :], 1)[None, :], pk)
@@ -107,7 +113,8 @@ def _same_runs(segments, program, r, c, N, T, H, C: tl.constexpr):
 @triton.jit
 def pairs_diagonal(
     q, k, e, a, beta, g, segments, lower, scores, lower_k, scores_k, scale, N, T, H, K,
-    C: tl.constexpr, BK: tl.constexpr, RANK_ONE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, RANK_ONE: tl.constexpr, PROBES: tl.constexpr, RUNS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of 16 x 16 of a chunk's matrices; blocks above the diagonal are set to zero."""
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -123,7 +130,7 @@ def pairs_diagonal(
             d = start + tl.arange(0, BK)
             if r == c:
                 pe_d, qe_d, pk_d, qk_d = _inside_block(
-                    q, k, e, a, beta, g, row, inside, d, H, K, BK, RANK_ONE
+                    q, k, e, a, beta, g, row, inside, d, H, K, BK, RANK_ONE, PROBES
                 )
                 pe, qe, pk, qk = pe + pe_d, qe + qe_d, pk + pk_d, qk + qk_d
             else:
@@ -134,12 +141,13 @@ def pairs_diagonal(
                     between += _total(g, middle, full, d, K)
                 ahead = tl.exp2(_after(g, at, exist, d, H, K) + between[None, :])
                 upto = _upto(g, row, inside, d, H, K, False)
-                before = _upto(g, row, inside, d, H, K, True) if RANK_ONE else upto
                 ty = q.dtype.element_ty
                 queries = (load_rows(q, row, inside, d, K).to(tl.float32) * upto).to(ty)
-                probes = (load_probe(a, beta, row, inside, d, K, RANK_ONE) * before).to(ty)
                 columns = tl.trans((load_rows(e, at, exist, d, K).to(tl.float32) * ahead).to(ty))
-                pe = tl.dot(probes, columns, pe, input_precision=PRECISION)
+                if PROBES:
+                    before = _upto(g, row, inside, d, H, K, True) if RANK_ONE else upto
+                    probes = (load_probe(a, beta, row, inside, d, K, RANK_ONE) * before).to(ty)
+                    pe = tl.dot(probes, columns, pe, input_precision=PRECISION)
                 qe = tl.dot(queries, columns, qe, input_precision=PRECISION)
                 if RANK_ONE:
                     columns = tl.trans((load_rows(k, at, exist, d, K).to(tl.float32) * ahead).to(ty))
@@ -150,7 +158,8 @@ def pairs_diagonal(
         seen &= _same_runs(segments, program, r, c, N, T, H, C)
     strict = seen & ((r * 16 + i)[:, None] != (c * 16 + i)[None, :])
     out = program * C * C + (r * 16 + i)[:, None] * C + c * 16 + i[None, :]
-    tl.store(lower + out, tl.where(strict, pe, 0.0))
+    if PROBES:
+        tl.store(lower + out, tl.where(strict, pe, 0.0))
     tl.store(scores + out, tl.where(seen, qe * scale, 0.0).to(scores.dtype.element_ty))
     if RANK_ONE:
         tl.store(lower_k + out, tl.where(strict, pk, 0.0).to(lower_k.dtype.element_ty))
@@ -176,7 +185,7 @@ def _one_row(block, r):
 @triton.jit
 def _gradients_inside(
     dq, dp, de, dk, q, k, e, a, beta, g, ds, dl, dsk, dlk, row, inside, d, scale, H, K,
-    BK: tl.constexpr, RANK_ONE: tl.constexpr,
+    BK: tl.constexpr, RANK_ONE: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
     """Adds what the pairs within the block give; ds, dl, dsk, dlk are zero above the diagonal."""
     i = tl.arange(0, 16)
@@ -186,7 +195,9 @@ def _gradients_inside(
     between = tl.zeros([16, BK], tl.float32)
     for r in range(16):
         at, exists = first + r * H, r < exist
-        query, probe = _one(q, at, exists, d, K), _one_probe(a, beta, at, exists, d, K, RANK_ONE)
+        query = _one(q, at, exists, d, K)
+        if PROBES:
+            probe = _one_probe(a, beta, at, exists, d, K, RANK_ONE)
         before = tl.exp2(between)
         logs = tl.maximum(_one(g, at, exists, d, K), MIN_LOG_DECAY) * LOG2_E
         between = tl.where((i < r)[:, None], between + logs[None, :], between)
@@ -194,24 +205,29 @@ def _gradients_inside(
         if not RANK_ONE:
             before = upto
         own = (i == r)[:, None]
-        score, inner = _one_row(ds, r)[:, None] * upto, _one_row(dl, r)[:, None] * before
-        query_sum, probe_sum = tl.sum(score * columns, 0), tl.sum(inner * columns, 0)
-        de += score * query[None, :] * scale + inner * probe[None, :]
+        score = _one_row(ds, r)[:, None] * upto
+        query_sum = tl.sum(score * columns, 0)
+        de += score * query[None, :] * scale
+        if PROBES:
+            inner = _one_row(dl, r)[:, None] * before
+            probe_sum = tl.sum(inner * columns, 0)
+            de += inner * probe[None, :]
         if RANK_ONE:
             score, inner = _one_row(dsk, r)[:, None] * upto, _one_row(dlk, r)[:, None] * before
             query_sum += tl.sum(score * keys, 0)
             probe_sum += tl.sum(inner * keys, 0)
             dk += score * query[None, :] * scale + inner * probe[None, :]
         dq = tl.where(own, dq + query_sum[None, :], dq)
-        dp = tl.where(own, dp + probe_sum[None, :], dp)
+        if PROBES:
+            dp = tl.where(own, dp + probe_sum[None, :], dp)
     return dq, dp, de, dk
 
 
 @triton.jit
 def pairs_diagonal_backward(
     q, k, e, a, beta, g, segments, dlower, dscores, dlower_k, dscores_k, inner, scale, size, N, T, H, K,
-    C: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, RANK_ONE: tl.constexpr, RUNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, RANK_ONE: tl.constexpr, PROBES: tl.constexpr,
+    RUNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients (4, B*H*N, C, KP) of q, p, e, k for one block of 16 tokens and one of K.
 
@@ -234,9 +250,10 @@ def pairs_diagonal_backward(
         between += _total(g, at, exist, d, K)
         columns = (load_rows(e, at, exist, d, K).to(tl.float32) * ahead).to(ty)
         ds = _load_pair(dscores, segments, program, block, c, N, T, H, C, RUNS)
-        dl = _load_pair(dlower, segments, program, block, c, N, T, H, C, RUNS)
         dq = tl.dot(ds, columns, dq, input_precision=PRECISION)
-        dp = tl.dot(dl, columns, dp, input_precision=PRECISION)
+        if PROBES:
+            dl = _load_pair(dlower, segments, program, block, c, N, T, H, C, RUNS)
+            dp = tl.dot(dl, columns, dp, input_precision=PRECISION)
         if RANK_ONE:
             columns = (load_rows(k, at, exist, d, K).to(tl.float32) * ahead).to(ty)
             ds = _load_pair(dscores_k, segments, program, block, c, N, T, H, C, RUNS)
@@ -244,20 +261,22 @@ def pairs_diagonal_backward(
             dq = tl.dot(ds, columns, dq, input_precision=PRECISION)
             dp = tl.dot(dl, columns, dp, input_precision=PRECISION)
     dq = dq * _upto(g, row, inside, d, H, K, False)
-    dp = dp * _upto(g, row, inside, d, H, K, RANK_ONE)
+    if PROBES:
+        dp = dp * _upto(g, row, inside, d, H, K, RANK_ONE)
     between = tl.zeros([BK], tl.float32)
     for r in range(block + 1, C // 16):  # as columns, over the rows of later blocks, the nearest first
         at, exist = _rows(program, r, N, T, H, C)
         gap = tl.exp2(between)[None, :]
         between += _total(g, at, exist, d, K)
         upto = _upto(g, at, exist, d, H, K, False) * gap
-        before = _upto(g, at, exist, d, H, K, True) * gap if RANK_ONE else upto
         queries = (load_rows(q, at, exist, d, K).to(tl.float32) * upto * scale).to(ty)
-        probes = (load_probe(a, beta, at, exist, d, K, RANK_ONE) * before).to(ty)
         ds = tl.trans(_load_pair(dscores, segments, program, r, block, N, T, H, C, RUNS))
-        dl = tl.trans(_load_pair(dlower, segments, program, r, block, N, T, H, C, RUNS))
         de = tl.dot(ds, queries, de, input_precision=PRECISION)
-        de = tl.dot(dl, probes, de, input_precision=PRECISION)
+        if PROBES:
+            before = _upto(g, at, exist, d, H, K, True) * gap if RANK_ONE else upto
+            probes = (load_probe(a, beta, at, exist, d, K, RANK_ONE) * before).to(ty)
+            dl = tl.trans(_load_pair(dlower, segments, program, r, block, N, T, H, C, RUNS))
+            de = tl.dot(dl, probes, de, input_precision=PRECISION)
         if RANK_ONE:
             ds = tl.trans(_load_pair(dscores_k, segments, program, r, block, N, T, H, C, RUNS))
             dl = tl.trans(_load_pair(dlower_k, segments, program, r, block, N, T, H, C, RUNS))
@@ -266,24 +285,32 @@ def pairs_diagonal_backward(
     ahead = tl.exp2(_after(g, row, inside, d, H, K))
     de, dk = de * ahead, dk * ahead
     ds = _load_pair(dscores, segments, program, block, block, N, T, H, C, RUNS)
-    dl = _load_pair(dlower, segments, program, block, block, N, T, H, C, RUNS)
+    dl = ds
+    if PROBES:
+        dl = _load_pair(dlower, segments, program, block, block, N, T, H, C, RUNS)
     dsk, dlk = ds, dl
     if RANK_ONE:
         dsk = _load_pair(dscores_k, segments, program, block, block, N, T, H, C, RUNS)
         dlk = _load_pair(dlower_k, segments, program, block, block, N, T, H, C, RUNS)
     dq, dp, de, dk = _gradients_inside(
-        dq, dp, de, dk, q, k, e, a, beta, g, ds, dl, dsk, dlk, row, inside, d, scale, H, K, BK, RANK_ONE
-    )
+        dq, dp, de, dk, q, k, e, a, beta, g, ds, dl, dsk, dlk, row, inside, d, scale, H, K, BK,
+        RANK_ONE, PROBES,
+    )  # fmt: skip
     out = inner + (program * C + block * 16 + i)[:, None] * KP + d[None, :]
     tl.store(out, dq)
-    tl.store(out + size * KP, dp)
+    if PROBES:
+        tl.store(out + size * KP, dp)
     tl.store(out + 2 * size * KP, de)
     if RANK_ONE:
         tl.store(out + 3 * size * KP, dk)
 
 
-_GATED = FLAGS | {"C": 64}
-_CASES = {"bf16": _GATED, "bf16_rank_one": _GATED | {"RANK_ONE": True}}
+_GATED = FLAGS | {"C": 64, "PROBES": True}
+_CASES = {
+    "bf16": _GATED,
+    "bf16_rank_one": _GATED | {"RANK_ONE": True},
+    "bf16_plain": _GATED | {"PROBES": False},
+}
 
 PAIRS_DIAGONAL = Kernel(
     "scan_delta_pairs_diagonal",
