@@ -125,15 +125,15 @@ def test_xformers_refuses_sinks_and_documents_with_a_cache() -> None:
         ("dcmha", {"impl": "flex"}, "'flex' computes dot products and softmax, score here is its own"),
         ("dcmha", {"impl": "sdpa"}, "use auto or reference"),
         ("linear", {"impl": "flex"}, "'flex' does not run a scan"),
+        ("linear", {"impl": "triton", "head_dim": 512}, "keys up to 256 wide, got 512"),
+        ("linear", {"impl": "triton"}, "'triton' needs a GPU, and there is none here"),
+        ("mha", {"impl": "triton"}, "'triton' needs a GPU, and there is none here"),
+        ("dcmha", {"impl": "triton", "rank": 5}, "key maps up to rank 4, got 5"),
     ],
 )
 def test_refusals(monkeypatch, name: str, options: dict, message: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(implementation, "has_xformers", lambda: True)
+    monkeypatch.setattr(implementation, "interpreting", lambda: False)
     with pytest.raises(ValueError, match=message):
         attnzoo.create(name, dim=32, num_heads=2, **options)
-
-
-def test_no_triton_for_scores_yet() -> None:
-    with pytest.raises(ValueError, match="impl: 'triton' has no kernel that trains scores"):
-        attnzoo.create("mha", dim=32, num_heads=2, impl="triton")

@@ -1,6 +1,6 @@
 """Linear, gated, delta-rule and rank-1 recurrences: `scan`, and what it costs: `scan_flops`."""
 
-from attnzoo_kernels.scan.api import scan
+from attnzoo_kernels.scan.api import LARGEST, scan
 from attnzoo_kernels.scan.flops import ScanFlops, scan_flops
 
-__all__ = ["ScanFlops", "scan", "scan_flops"]
+__all__ = ["LARGEST", "ScanFlops", "scan", "scan_flops"]

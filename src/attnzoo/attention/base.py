@@ -70,11 +70,14 @@ class Call:
         residual: ``(B, T, D)`` the un-normalised stream (``x`` where the caller gave none).
         line: documents and positions of this forward; ``mem``: the layer's memory; ``shared``: the Context's
             dict.
+        impl: what ops beside scores are asked for: "auto", "reference" or "triton".
         raw: q, k, v before position, once the projection has run.
     """
 
-    def __init__(self, site: Site, x: Tensor, ctx: Context, line: Timeline, cache: Cache | None) -> None:
-        self.site, self.line, self.ctx = site, line, ctx
+    def __init__(
+        self, site: Site, x: Tensor, ctx: Context, line: Timeline, cache: Cache | None, impl: str = "auto"
+    ) -> None:
+        self.site, self.line, self.ctx, self.impl = site, line, ctx, impl
         self.shared = ctx.shared
         own = ctx.timeline is None
         self.x = line.compact(x) if own else x
@@ -204,7 +207,9 @@ class Mixer(nn.Module):
         if cache is not None and cache.batch != x.shape[0]:
             raise ValueError(f"cache: made for batch {cache.batch}, got x with batch {x.shape[0]}")
         line = ctx.timeline or timeline.read(ctx, *x.shape[:2], x.device, cache.clock if cache else None)
-        call = Call(self.site, x, ctx, line, cache)
+        asked = self.options.get("impl")
+        impl = asked if asked in ("reference", "triton") else "auto"
+        call = Call(self.site, x, ctx, line, cache, impl)
         y = self.out(self.heads(call), call)
         if ctx.timeline is None:
             line.advance()

@@ -197,8 +197,8 @@ class ScoreFrame(Frame):
             scale=draft.scale or draft.qk_width**-0.5,
             head_widths=(draft.qk_width, draft.v_head_dim),
         )
-        own = [name for name in ("score", "normalise") if name in slots]
-        between = [type(stage).__name__ for stage in (*slots["refine"], *(slots[name] for name in own))]
+        own = {name: slots[name] for name in ("score", "normalise") if name in slots}
+        between = [type(stage).__name__ for stage in (*slots["refine"], *own.values())]
         mixer.choices = choose_score(host["impl"], own, slots["mask"], project.late, between)
         return mixer
 
@@ -255,7 +255,7 @@ class RecurrentFrame(Frame):
         )
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
-        mixer.choices = choose_scan(host["impl"])
+        mixer.choices = choose_scan(host["impl"], draft.head_dim)
         return mixer
 
 

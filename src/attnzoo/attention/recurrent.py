@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Mixer, Raw, Stage
 from attnzoo.attention.memory import Slot
+from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work
 from attnzoo.ops.scan import scan
 from attnzoo_kernels.scan import scan_flops
@@ -68,6 +69,7 @@ class Scan(Stage):
             output_final_state=call.mem.cache is not None,
             chunk_size=self.chunk_size,
             segments=call.line.doc,
+            impl=call.impl,
         )
         call.mem.put("S", state)
         return o
@@ -108,9 +110,7 @@ class RecurrentAttention(Mixer):
         q, k = self.position(q, k, call)
         terms = self.gates(*(_per_state(z, self.scan.shape[0]).transpose(1, 2) for z in (q, k, v)), call)
         o = self.scan(_without_padding(terms, call), call)
-        for stage in self.combine:
-            o = stage(o, call)
-        return o
+        return combined(self.combine, o, call)
 
     def stages(self) -> Iterable[Stage]:
         return (self.project, *self.refine, self.position, self.gates, self.scan, *self.combine, self.out)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Mixer, Raw, Stage
 from attnzoo.attention.memory import Retain
+from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 
@@ -42,7 +43,11 @@ class Late:
 
 
 class ScoreStage(Stage):
-    """A score of its own: called with q ``(B, H, t, d)`` and a `Geo`, it returns ``(B, H, t, S)``."""
+    """A score of its own: called with q ``(B, H, t, d)`` and a `Geo`, it returns ``(B, H, t, S)``.
+
+    One with a kernel has ``op(q, k, v, span, impl)``, the whole attention, and ``refusal()``: one line where
+    its options have none, else None.
+    """
 
     def begin(self, call: Call) -> None:
         """Runs before the keys are read, with all of x."""
@@ -110,15 +115,13 @@ class ScoreAttention(Mixer):
                 normalise=self.normalise,
                 weights=None if self.score is None else self.score.weights,
                 impl=self.chosen(q.device).impl,
-                kernels=self.options["impl"] == "auto",
+                kernels=self.options["impl"] in ("auto", "triton"),
                 once=call.line.once,
                 also=also,
             )
 
         o = finish(self.read(q, keys, attend, call).transpose(1, 2))
-        for stage in self.combine:
-            o = stage(o, call)
-        return o
+        return combined(self.combine, o, call)
 
     def _early(self, call: Call):
         q, k, v = self._refined(*self.project.qkv(call.x, call), call)

@@ -16,6 +16,7 @@ from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import Axis
 from attnzoo.ops import adapters
 from attnzoo.ops.kept import fits, kept_attention
+from attnzoo_kernels.attention import attention as softmax_kernel
 from attnzoo_kernels.latent_decode import latent_decode
 from attnzoo_kernels.launch import choose
 
@@ -105,9 +106,9 @@ def attention(
         query: order and document of the queries; None = the last T places of one document.
         scale: default ``d ** -0.5``.
         score, normalise, weights: replace the dot product and the softmax, and map the weights after it.
-        impl: "reference", or "sdpa", "flex" and "xformers", which know only the dot product and the softmax:
-            what reads several sets or asks for ``also`` goes to the reference; xformers leaves keys in a ring
-            to SDPA.
+        impl: "reference", or "sdpa", "flex" and "xformers", which know only the dot product and the softmax,
+            or "triton", which also knows stages with an ``op``. What reads several sets or asks for ``also``
+            goes to the reference; keys in a ring leave xformers and triton for SDPA or the reference.
         kernels: let our kernels decode cached latents on a GPU, whatever ``impl`` is.
         once: memoises masks for other layers of the same forward.
         also: "p" (weights over the concatenated keys) and "lse" to return beside the output, by the
@@ -132,6 +133,8 @@ def attention(
     pairs = [(_with_axis(_whole(keys)), m) for keys, m in pairs]
     if impl != "reference" and len(pairs) == 1 and not also:
         keys, own = pairs[0]
+        if impl == "triton" and keys.aligned and adapters.band_of(own) is not None:
+            return _kernels(q, *_paired(q, keys), own, query, scale, score, normalise)
         if impl == "flex" and plain:
             return adapters.flex(q, *_paired(q, keys), own, query, keys.axis, scale, once)
         if impl == "xformers" and plain and keys.aligned:
@@ -140,6 +143,19 @@ def attention(
             return _fused(q, keys, own, query, scale, once)
     keys, visible, sole = _joint(q, pairs, query, once)
     return _chunked(q, keys, visible, sole, score or Dot(scale), normalise or softmax, weights, also)
+
+
+def _kernels(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, query: Axis, scale: float, score, normalise
+) -> Tensor:
+    """The op of the score or normalise stage, or the softmax of our own kernel."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    span, impl = adapters.span_of(mask, query, k.shape[2]), "auto" if q.is_cuda else "triton"
+    if score is not None:
+        return score.op(q, k, v, span, impl)
+    if normalise is not None:
+        return normalise.op(q, k, v, span, scale, impl)
+    return softmax_kernel(q, k, v, span, scale=scale, impl=impl)
 
 
 def _decodes_latents(q: Tensor, keys: Keys, mask: Mask) -> bool:

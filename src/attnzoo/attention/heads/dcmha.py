@@ -29,6 +29,8 @@ from attnzoo.attention.score import ScoreStage
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.registry import Card, register
+from attnzoo_kernels.compose import MOST_HEADS, MOST_RANK, Mix, compose
+from attnzoo_kernels.span import Span
 
 
 class Compose(ScoreStage):
@@ -102,6 +104,22 @@ class Compose(ScoreStage):
     def weights(self, p: Tensor, geo: Geo) -> Tensor:
         """Composed weights, again 0 where masked."""
         return self._compose("post", p, geo).masked_fill(~geo.visible, 0.0)
+
+    def op(self, q: Tensor, k: Tensor, v: Tensor, span: Span, impl: str) -> Tensor:
+        """The whole attention without storing all scores, ``(B, H, T, d_v)``."""
+        mixes = {name: self._mix(name) if name in self.composed else None for name in ("pre", "post")}
+        return compose(q, k, v, span, **mixes, scale=self.dot.scale, impl=impl)
+
+    def refusal(self) -> str | None:
+        if self.heads > MOST_HEADS:
+            return f"its kernels take up to {MOST_HEADS} heads, got {self.heads}"
+        if self.lowrank > MOST_RANK and "key" in self.sides:
+            return f"its kernels take key maps up to rank {MOST_RANK}, got {self.lowrank}"
+        return None
+
+    def _mix(self, stage: str) -> Mix:
+        static = getattr(self, f"W_b_{stage}") if self.static else None
+        return Mix(static, self.maps.get((stage, "query")), self.maps.get((stage, "key")))
 
     def _compose(self, stage: str, a: Tensor, geo: Geo) -> Tensor:
         """``a`` ``(B, H, t, S)`` mixed over H."""

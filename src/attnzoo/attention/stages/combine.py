@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Site, Stage, flag
 from attnzoo.cost import Work
 from attnzoo.ops.fused import rms_norm
+from attnzoo_kernels.launch import choose
+from attnzoo_kernels.norm_gate import norm_gate
 
 
 class HeadNorm(Stage):
@@ -22,7 +25,10 @@ class HeadNorm(Stage):
         self.gain = flag(nn.Parameter(torch.ones(width)), decay=False)
         self.eps = eps
 
-    def forward(self, o: Tensor, call: Call) -> Tensor:
+    def forward(self, o: Tensor, call: Call, gate: Tensor | None = None, act: str = "silu") -> Tensor:
+        """``gate`` and ``act``: those of the stage that follows, where a kernel does both."""
+        if gate is not None or choose("norm_gate", call.impl, o, self.gain) == "triton":
+            return norm_gate(o, self.gain, gate, activation=act, eps=self.eps, impl=call.impl)
         return rms_norm(o, self.gain, self.eps)
 
 
@@ -52,10 +58,36 @@ class Gate(Stage):
         self.gate = site.weights.linear("gate", dim, num_heads * self.shape[1])
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
-        gate = self.act(self.gate(call.x).unflatten(-1, self.shape))
+        gate = self.act(self.before(call))
         return o * (gate if self.rescale == 1.0 else gate * self.rescale)
+
+    def before(self, call: Call) -> Tensor:
+        """The gate before its activation, ``(B, T, H, width or 1)``."""
+        return self.gate(call.x).unflatten(-1, self.shape)
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work(
             "gates", "output gate", 2 * length * self.dim * self.shape[0] * self.shape[1], per_head=True
         )
+
+
+# Activations that the kernel knows.
+FUSED = {F.silu: "silu", torch.sigmoid: "sigmoid"}
+
+
+def combined(stages: Iterable[Stage], o: Tensor, call: Call) -> Tensor:
+    """The stages in turn; a head norm and the gate of its channels are one kernel on a GPU."""
+    waiting = list(stages)
+    while waiting:
+        stage = waiting.pop(0)
+        if isinstance(stage, HeadNorm) and waiting and _fuses(waiting[0], o, call):
+            gate = waiting.pop(0)
+            o = stage(o, call, gate.before(call).to(o.dtype), FUSED[gate.act])
+        else:
+            o = stage(o, call)
+    return o
+
+
+def _fuses(stage: Stage, o: Tensor, call: Call) -> bool:
+    plain = isinstance(stage, Gate) and stage.rescale == 1.0 and stage.act in FUSED
+    return plain and stage.shape[1] == o.shape[-1] and choose("norm_gate", call.impl, o) == "triton"

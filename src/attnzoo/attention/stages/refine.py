@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.memory import Slot
 from attnzoo.ops.fused import rms_norm
+from attnzoo_kernels.launch import choose
+from attnzoo_kernels.short_conv import MAX_TAPS, short_conv
 
 
 class QKNorm(Stage):
@@ -78,8 +81,8 @@ class ShortConv(Stage):
 
     def _one(self, i: int, z: Tensor, call: Call) -> Tensor:
         flat = z.transpose(1, 2).flatten(2)
-        y = causal_conv(flat, getattr(self, self.names[i]), call, self.names[i])
-        return self.acts[i](y).unflatten(-1, self.shapes[i]).transpose(1, 2)
+        y = causal_conv(flat, getattr(self, self.names[i]), call, self.names[i], self.acts[i])
+        return y.unflatten(-1, self.shapes[i]).transpose(1, 2)
 
     def memory(self) -> dict[str, Slot]:
         sizes = (h * d for h, d in self.shapes)
@@ -102,15 +105,24 @@ class Activation(Stage):
         return tuple(act(z) for act, z in zip(self.acts, (q, k, v), strict=True))
 
 
-def causal_conv(z: Tensor, taps: Tensor, call: Call, slot: str) -> Tensor:
-    """Depthwise convolution of ``z`` ``(B, T, C)`` with ``taps`` ``(C, n)`` over the token's own document."""
+def causal_conv(
+    z: Tensor, taps: Tensor, call: Call, slot: str, act: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Depthwise convolution of ``z`` ``(B, T, C)`` with ``taps`` ``(C, n)`` over the token's own document,
+    then ``act``."""
     n, T = taps.shape[1], z.shape[1]
+    order = None if call.line.doc is None else call.line.order
     both = call.mem.tail(slot, z, n - 1)
-    cut = call.line.doc is not None
+    if n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton":
+        fused = "silu" if act is F.silu else None
+        y = short_conv(
+            both[:, n - 1 :], taps, activation=fused, tail=both[:, : n - 1], order=order, impl="triton"
+        )
+        return y if act is None or fused else act(y)
     y = both[:, n - 1 :] * taps[:, n - 1]
     for back in range(1, n):
         before = both[:, n - 1 - back : n - 1 - back + T]
-        if cut:
-            before = torch.where((call.line.order >= back)[..., None], before, torch.zeros((), dtype=z.dtype))
+        if order is not None:
+            before = torch.where((order >= back)[..., None], before, torch.zeros((), dtype=z.dtype))
         y = torch.addcmul(y, before, taps[:, n - 1 - back].to(before.dtype))
-    return y
+    return y if act is None else act(y)
