@@ -1,0 +1,196 @@
+"""Attention to listed blocks as custom ops of torch, over the Triton kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from attnzoo_kernels import launch
+from attnzoo_kernels.attention.ops import rows_apart
+from attnzoo_kernels.block_attention.reference import block_attention_reference
+from attnzoo_kernels.span import Span
+
+ROWS = 64  # of a tile, at least one query in all heads of a list
+
+
+def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+class _Call:
+    """Arguments and constants that the kernels share."""
+
+    def __init__(self, q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale):
+        (B, H, T, d), (_, G, S, _), d_v = q.shape, k.shape, v.shape[-1]
+        q, k, v = (rows_apart(x) for x in (q, k, v))
+        self.B, self.L, self.T, self.S, shared = B, blocks.shape[1], T, S, H // blocks.shape[1]
+        self.queries = min(query_block, max(1, launch.power_of_2(ROWS // shared + 1) // 2))
+        self.x = {
+            "q": q, "k": k, "v": v, "blocks": blocks.int().contiguous(), "own": own.contiguous(),
+            "first": first.contiguous(),
+            **{f"{name}_{axis}": x.stride(i) for name, x, axes in (
+                ("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs")
+            ) for i, axis in enumerate(axes)},
+            "span_b": T if own.shape[0] > 1 else 0, "H": H, "G": G, "L": self.L, "T": T, "S": S,
+            "number": blocks.shape[3], "scale": scale * math.log2(math.e), "factor": scale,
+            "window": min(window, S), "n_sink": min(n_sink, S),
+        }  # fmt: skip
+        self.constants = {
+            "D": d, "D_V": d_v, "WIDE": launch.power_of_2(d, 16), "WIDE_V": launch.power_of_2(d_v, 16),
+            "WINDOW": window > 0, "QUERY_BLOCK": query_block, "QUERIES": self.queries,
+            "ROWS": launch.power_of_2(self.queries * shared, 16), "KEYS": key_block,
+            "PRECISION": launch.precision(),
+        }  # fmt: skip
+
+    def run(self, kernel: launch.Kernel, tiles: int, **more) -> None:
+        values = self.x | self.constants | more
+
+        def start(tile: launch.Tile) -> None:
+            kernel.fn[(tiles, self.B * self.L)](
+                **{name: values[name] for name in kernel.fn.arg_names},
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+
+        key = (*self.constants.values(), launch.bucket(self.T), str(self.x["q"].dtype))
+        start(launch.tuner.pick(kernel, key, self.x["q"].device, start))
+
+
+@torch.library.custom_op("attnzoo::block_attention_forward", mutates_args=())
+def block_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, own: Tensor, first: Tensor, window: int, n_sink: int,
+    query_block: int, key_block: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from attnzoo_kernels.block_attention import kernel as kernels
+
+    call = _Call(q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale)
+    o = _empty(q, (*q.shape[:3], v.shape[-1]), q.dtype)
+    lse = _empty(q, tuple(q.shape[:3]), torch.float32)
+    call.run(kernels.FORWARD, -(-call.T // call.queries), o=o, lse=lse)
+    return o, lse
+
+
+@block_attention_forward.register_fake
+def _(q, k, v, blocks, own, first, *options):
+    return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("attnzoo::block_attention_backward", mutates_args=())
+def block_attention_backward(
+    do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor,
+    own: Tensor, first: Tensor, window: int, n_sink: int, query_block: int, key_block: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from attnzoo_kernels.attention.kernel_backward import DELTA
+    from attnzoo_kernels.block_attention import kernel as kernels
+
+    call = _Call(q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale)
+    (B, H, T, d), (_, G, S, _), L, d_v = q.shape, k.shape, call.L, v.shape[-1]
+    do, deltas = do.contiguous(), _empty(q, (B, H, T), torch.float32)
+    tile = DELTA.tiles[0]
+    DELTA.fn[(-(-B * H * T // tile.meta["BLOCK"]),)](
+        o.contiguous(), do, o if dlse is None else dlse.float().contiguous(), deltas, B * H * T, D_V=d_v,
+        WIDE_V=call.constants["WIDE_V"], LSE=dlse is not None, **tile.meta, num_warps=tile.warps,
+    )  # fmt: skip
+    dq = _empty(q, tuple(q.shape), q.dtype)
+    shared = {"do": do, "lse": lse, "deltas": deltas}
+    call.run(kernels.QUERIES, -(-T // call.queries), **shared, dq=dq)
+    number = -(-S // key_block)
+    offsets, readers = _readers(call.x["blocks"], number)
+    wide = q.dtype if L == G else torch.float32
+    dk, dv = _empty(q, (B, L, S, d), wide), _empty(q, (B, L, S, d_v), wide)
+    call.run(
+        kernels.KEYS,
+        number,
+        **shared,
+        dk=dk,
+        dv=dv,
+        offsets=offsets,
+        readers=readers,
+        entries=readers.shape[1],
+    )
+    if L != G:
+        dk, dv = (x.unflatten(1, (G, -1)).sum(2).to(q.dtype) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _readers(blocks: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Lists turned round: offsets (B*L, number + 1) into the query blocks that list each key block."""
+    listed = blocks.flatten(0, 1).flatten(1)
+    order = torch.where(listed < 0, number, listed).sort(dim=1, stable=True)
+    wanted = torch.arange(number + 1, device=blocks.device, dtype=blocks.dtype).expand(len(listed), -1)
+    offsets = torch.searchsorted(order.values, wanted.contiguous())
+    return offsets.int(), (order.indices // blocks.shape[3]).int()
+
+
+@block_attention_backward.register_fake
+def _(do, dlse, o, lse, q, k, v, blocks, own, first, *options):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.window, ctx.n_sink, ctx.query_block, ctx.key_block, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, o, lse = ctx.saved_tensors
+    do = torch.zeros_like(o) if do is None else do
+    options = ctx.window, ctx.n_sink, ctx.query_block, ctx.key_block, ctx.scale
+    return *block_attention_backward(do, dlse, o, lse, *tensors, *options), *[None] * 8
+
+
+block_attention_forward.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.attnzoo.block_attention_forward)
+def _forward_flops(q, k, v, blocks, own, first, window, n_sink, query_block, key_block, *_, **__) -> int:
+    """As if every list were full."""
+    B, H, T, d = q
+    return 2 * B * H * T * blocks[3] * key_block * (d + v[-1])
+
+
+@register_flop_formula(torch.ops.attnzoo.block_attention_backward)
+def _backward_flops(
+    do, dlse, o, lse, q, k, v, blocks, own, first, window, n_sink, query_block, key_block, *_, **__
+) -> int:
+    B, H, T, d = q
+    return 2 * B * H * T * blocks[3] * key_block * (4 * d + 3 * v[-1])
+
+
+def block_attention_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    span: Span,
+    query_block: int,
+    key_block: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As the public function; first derivatives only."""
+    options = span.window or 0, span.n_sink, query_block, key_block, float(scale)
+    return block_attention_forward(q, k, v, blocks, span.own, span.first, *options)
+
+
+def worst(device: torch.device) -> tuple[float, float]:
+    """Largest relative error of values and gradients on small cases, and what rounding explains."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = (2, 8, 200, 64), (2, 2, 200, 64), (2, 2, 200, 64), (2, 8, 200, 64)
+    q, k, v, do = (torch.randn(*shape, generator=draw).to(device) for shape in shapes)
+    error, span = 0.0, Span.causal(200, 200, device)
+    for query_block, lists in ((64, 8), (1, 2)):
+        count = -(-200 // query_block)
+        blocks = torch.rand(2, lists, count, 7, generator=draw).argsort(-1)[..., :4].int().to(device)
+        blocks[:, :, :, 3] = -1
+        found = []
+        for run in (block_attention_kernels, block_attention_reference):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            o, _ = run(*leaves, blocks, span, query_block, 32, 0.125)
+            found.append((o.detach(), *torch.autograd.grad(o, leaves, do)))
+        for got, exact in zip(*found, strict=True):
+            error = max(error, ((got - exact).abs().max() / exact.abs().max()).item())
+    return error, 2e-2 if launch.precision() == "tf32" else 2e-4
