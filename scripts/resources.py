@@ -6,8 +6,8 @@
 
 One row per kernel, case (a set of constants), tile and chip: registers per thread, stack and spill bytes
 per thread, shared bytes per block, tensor-core instructions (mma on sm_80, wgmma on sm_90, tcgen05 on sm_100,
-MFMA on gfx942) and, beside them, older mma ones. A row with spills, or with more shared memory than the chip
-has, is an error: its tile must leave the kernel's list for that chip.
+MFMA on gfx942) and, beside them, older mma ones. A row with stack or spills (ptxas spills to the stack), or
+with more shared memory than the chip has, is an error: its tile must leave the kernel's list for that chip.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def faults(row: dict[str, str]) -> list[str]:
     from attnzoo_kernels import aot
 
     where, limit = " ".join(row[key] for key in KEY), aot.SHARED_LIMIT[row["chip"]]
-    found = [f"{where}: {row['spills']} bytes of spills"] if int(row["spills"]) else []
+    found = [f"{where}: {row[key]} bytes of {key}" for key in ("stack", "spills") if int(row[key])]
     if int(row["shared"]) > limit:
         found.append(f"{where}: {row['shared']} bytes of shared memory, the chip has {limit}")
     return found

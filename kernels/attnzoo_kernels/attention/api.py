@@ -106,7 +106,8 @@ def _per_head(name: str, value: Tensor | float | None, q: Tensor) -> Tensor | No
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return q.new_full((q.shape[1],), float(value), dtype=torch.float32)
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_full((q.shape[1],), float(value), dtype=dtype)
     check_floats({name: value, "q": q}, "q")
     check_shape(name, value, (q.shape[1],))
     return value

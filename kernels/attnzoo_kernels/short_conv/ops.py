@@ -107,8 +107,7 @@ def _(
     order: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    none = x.new_empty(0)
-    shaped = [none if z is None else z.new_empty(z.shape) for z in (weight, bias, tail)]
+    shaped = [x.new_empty(0) if z is None else z.new_empty(z.shape) for z in (weight, bias, tail)]
     return x.new_empty(x.shape), *shaped
 
 
