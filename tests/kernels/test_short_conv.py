@@ -44,7 +44,7 @@ def operands(B: int, T: int, C: int, n: int, bias: bool = True, tail: bool = Tru
 def looped(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None, order: Tensor | None
 ) -> Tensor:
-    (B, T, C), n = x.shape, weight.shape[1]
+    (B, T, _), n = x.shape, weight.shape[1]
     y = torch.zeros_like(x)
     for b in range(B):
         for t in range(T):

@@ -285,29 +285,39 @@ def _by_width(name: str, fn: object, tiles: dict[int, tuple[Tile, ...]]) -> dict
 
 QUERIES = _by_width("queries", queries, {
     64: (
-        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, HOPPER),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, NVIDIA),
+        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, NVIDIA),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, ("sm_90", "sm_100", "gfx942")),
         Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
     ),
     128: (
         Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, HOPPER),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2, NVIDIA),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, ("sm_80", "sm_90")),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, ("sm_90", "sm_100", "gfx942")),
     ),
-    256: (Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 1), Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)),
+    256: (
+        Tile({"BLOCK_M": 64, "BLOCK_N": 16}, 8, 1, ("sm_80", "sm_100")),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 1),
+    ),
 })  # fmt: skip
 KEYS = _by_width("keys", keys, {
     64: (
-        Tile({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2, HOPPER),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2, NVIDIA),
-        Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 2, NVIDIA),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2, NVIDIA),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1, ("gfx942",)),
+        Tile({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 1, ("gfx942",)),
     ),
     128: (
-        Tile({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 2, HOPPER),
-        Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
-        Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 1),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2, ("sm_80", "sm_90")),
+        Tile({"BLOCK_M": 16, "BLOCK_N": 128}, 8, 2, ("sm_90",)),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 1, ("sm_100",)),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, NVIDIA),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1, ("gfx942",)),
+        Tile({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 1, ("gfx942",)),
     ),
-    256: (Tile({"BLOCK_M": 16, "BLOCK_N": 64}, 8, 1), Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)),
+    256: (
+        Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1, NVIDIA),
+        Tile({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 1),
+    ),
 })  # fmt: skip
 DELTA = Kernel(
     "attention_delta",

@@ -226,21 +226,19 @@ NVIDIA, HOPPER = ("sm_80", "sm_90", "sm_100"), ("sm_90", "sm_100")
 # By the widest of queries, keys and values.
 FORWARD = {
     64: (
-        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, HOPPER),
-        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 2, HOPPER),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, NVIDIA),
+        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, ("sm_90", "sm_100", "gfx942")),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, ("sm_90", "sm_100", "gfx942")),
         Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
     ),
     128: (
-        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, HOPPER),
-        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, HOPPER),
-        Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2),
+        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, ("sm_90",)),
+        Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, ("sm_90",)),
+        Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2, ("sm_90", "sm_100", "gfx942")),
         Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
     ),
     256: (
-        Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2, HOPPER),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, NVIDIA),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, ("gfx942",)),
     ),
 }
 FORWARD = {

@@ -180,20 +180,25 @@ def keys(
     store_tile(dv + x * S * D_V, dvalue, j0, S, D_V, n, D_V, WIDE_V)
 
 
-def _case(d: int, rows: int, keys: int, window: bool) -> dict[str, object]:
-    """64 queries of one head, or one query of ``rows`` heads."""
+def _case(d: int, block: int, rows: int, window: bool) -> dict[str, object]:
+    """Query blocks of one head, or single queries of ``rows`` heads."""
     return {
         "D": d, "D_V": d, "WIDE": d, "WIDE_V": d, "WINDOW": window, "PRECISION": "ieee",
-        "QUERY_BLOCK": 64 if rows == 64 else 1, "QUERIES": 64 if rows == 64 else 1, "ROWS": rows, "KEYS": keys,
+        "QUERY_BLOCK": block, "QUERIES": min(block, rows), "ROWS": rows, "KEYS": 64,
     }  # fmt: skip
 
 
-_CASES = {
-    "bf16_64": _case(64, 64, 64, False),
-    "bf16_128": _case(128, 64, 64, False),
-    "bf16_128_window": _case(128, 64, 64, True),
-    "bf16_128_per_token": _case(128, 16, 64, False),
-}
+def _cases(rows: int) -> dict[str, dict[str, object]]:
+    return {
+        "bf16_64": _case(64, 64, rows, False),
+        "bf16_128": _case(128, 64, rows, False),
+        "bf16_128_window": _case(128, 64, rows, True),
+        "bf16_128_per_token": _case(128, 1, 16, False),
+    }
+
+
+# Rows of a tile, at least one query in all heads of a list; fewer where keys' gradients fill the registers.
+ROWS, ROWS_OF_KEYS = 64, 32
 _STRIDES = ("q_b", "q_h", "q_t", "k_b", "k_h", "k_s", "v_b", "v_h", "v_s")
 _TYPES = (
     dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16")
@@ -203,11 +208,26 @@ _TYPES = (
     | dict.fromkeys(("span_b", "H", "G", "L", "T", "S", "number", "entries", "window", "n_sink"), "i32")
     | dict.fromkeys(("scale", "factor"), "fp32")
 )
+_NVIDIA = ("sm_80", "sm_90", "sm_100")
 FORWARD = Kernel(
-    "block_attention_forward", forward, (Tile({}, 4, 2), Tile({}, 4, 1), Tile({}, 8, 2)), _CASES, _TYPES
+    "block_attention_forward",
+    forward,
+    (Tile({}, 4, 2, ("sm_90", "gfx942")), Tile({}, 8, 2)),
+    _cases(ROWS),
+    _TYPES,
 )
 QUERIES = Kernel(
-    "block_attention_queries", queries, (Tile({}, 4, 2), Tile({}, 4, 1), Tile({}, 8, 1)), _CASES, _TYPES
+    "block_attention_queries",
+    queries,
+    (Tile({}, 4, 2, ("sm_90", "sm_100", "gfx942")), Tile({}, 8, 1, _NVIDIA)),
+    _cases(ROWS),
+    _TYPES,
 )
-KEYS = Kernel("block_attention_keys", keys, (Tile({}, 8, 1), Tile({}, 4, 1), Tile({}, 8, 2)), _CASES, _TYPES)
+KEYS = Kernel(
+    "block_attention_keys",
+    keys,
+    (Tile({}, 8, 2, _NVIDIA), Tile({}, 8, 1, _NVIDIA), Tile({}, 4, 1, ("sm_100", "gfx942"))),
+    _cases(ROWS_OF_KEYS),
+    _TYPES,
+)
 KERNELS: list[Kernel] = [FORWARD, QUERIES, KEYS]

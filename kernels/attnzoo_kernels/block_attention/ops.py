@@ -13,8 +13,6 @@ from attnzoo_kernels.attention.ops import rows_apart
 from attnzoo_kernels.block_attention.reference import block_attention_reference
 from attnzoo_kernels.span import Span
 
-ROWS = 64  # of a tile, at least one query in all heads of a list
-
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
@@ -27,7 +25,7 @@ class _Call:
         (B, H, T, d), (_, G, S, _), d_v = q.shape, k.shape, v.shape[-1]
         q, k, v = (rows_apart(x) for x in (q, k, v))
         self.B, self.L, self.T, self.S, shared = B, blocks.shape[1], T, S, H // blocks.shape[1]
-        self.queries = min(query_block, max(1, launch.power_of_2(ROWS // shared + 1) // 2))
+        self.shared, self.query_block = shared, query_block
         self.x = {
             "q": q, "k": k, "v": v, "blocks": blocks.int().contiguous(), "own": own.contiguous(),
             "first": first.contiguous(),
@@ -40,10 +38,14 @@ class _Call:
         }  # fmt: skip
         self.constants = {
             "D": d, "D_V": d_v, "WIDE": launch.power_of_2(d, 16), "WIDE_V": launch.power_of_2(d_v, 16),
-            "WINDOW": window > 0, "QUERY_BLOCK": query_block, "QUERIES": self.queries,
-            "ROWS": launch.power_of_2(self.queries * shared, 16), "KEYS": key_block,
+            "WINDOW": window > 0, "QUERY_BLOCK": query_block, "KEYS": key_block,
             "PRECISION": launch.precision(),
         }  # fmt: skip
+
+    def tile(self, rows: int) -> dict[str, int]:
+        """Queries and rows of a tile of about ``rows``."""
+        queries = min(self.query_block, max(1, launch.power_of_2(rows // self.shared + 1) // 2))
+        return {"QUERIES": queries, "ROWS": launch.power_of_2(queries * self.shared, 16)}
 
     def run(self, kernel: launch.Kernel, tiles: int, **more) -> None:
         values = self.x | self.constants | more
@@ -55,7 +57,7 @@ class _Call:
                 num_stages=tile.stages,
             )
 
-        key = (*self.constants.values(), launch.bucket(self.T), str(self.x["q"].dtype))
+        key = (*self.constants.values(), values["ROWS"], launch.bucket(self.T), str(self.x["q"].dtype))
         start(launch.tuner.pick(kernel, key, self.x["q"].device, start))
 
 
@@ -69,7 +71,8 @@ def block_attention_forward(
     call = _Call(q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale)
     o = _empty(q, (*q.shape[:3], v.shape[-1]), q.dtype)
     lse = _empty(q, tuple(q.shape[:3]), torch.float32)
-    call.run(kernels.FORWARD, -(-call.T // call.queries), o=o, lse=lse)
+    tile = call.tile(kernels.ROWS)
+    call.run(kernels.FORWARD, -(-call.T // tile["QUERIES"]), o=o, lse=lse, **tile)
     return o, lse
 
 
@@ -89,28 +92,21 @@ def block_attention_backward(
     call = _Call(q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale)
     (B, H, T, d), (_, G, S, _), L, d_v = q.shape, k.shape, call.L, v.shape[-1]
     do, deltas = do.contiguous(), _empty(q, (B, H, T), torch.float32)
-    tile = DELTA.tiles[0]
-    DELTA.fn[(-(-B * H * T // tile.meta["BLOCK"]),)](
+    first_tile = DELTA.tiles[0]
+    DELTA.fn[(-(-B * H * T // first_tile.meta["BLOCK"]),)](
         o.contiguous(), do, o if dlse is None else dlse.float().contiguous(), deltas, B * H * T, D_V=d_v,
-        WIDE_V=call.constants["WIDE_V"], LSE=dlse is not None, **tile.meta, num_warps=tile.warps,
+        WIDE_V=call.constants["WIDE_V"], LSE=dlse is not None, **first_tile.meta, num_warps=first_tile.warps,
     )  # fmt: skip
     dq = _empty(q, tuple(q.shape), q.dtype)
     shared = {"do": do, "lse": lse, "deltas": deltas}
-    call.run(kernels.QUERIES, -(-T // call.queries), **shared, dq=dq)
+    tile = call.tile(kernels.ROWS)
+    call.run(kernels.QUERIES, -(-T // tile["QUERIES"]), **shared, **tile, dq=dq)
     number = -(-S // key_block)
     offsets, readers = _readers(call.x["blocks"], number)
     wide = q.dtype if L == G else torch.float32
     dk, dv = _empty(q, (B, L, S, d), wide), _empty(q, (B, L, S, d_v), wide)
-    call.run(
-        kernels.KEYS,
-        number,
-        **shared,
-        dk=dk,
-        dv=dv,
-        offsets=offsets,
-        readers=readers,
-        entries=readers.shape[1],
-    )
+    lists = {"offsets": offsets, "readers": readers, "entries": readers.shape[1]}
+    call.run(kernels.KEYS, number, **shared, **lists, **call.tile(kernels.ROWS_OF_KEYS), dk=dk, dv=dv)
     if L != G:
         dk, dv = (x.unflatten(1, (G, -1)).sum(2).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv

@@ -81,7 +81,9 @@ def backward(
 
 def _types(constants: dict) -> dict[str, str]:
     types = dict.fromkeys(("g", "o", "gate", "y", "do", "dgate"), "*bf16")
-    types |= dict.fromkeys(("gain", "parts"), "*fp32") | dict.fromkeys(("rows", "H", "T", "d", "steps"), "i32")
+    types |= dict.fromkeys(("gain", "parts"), "*fp32") | dict.fromkeys(
+        ("rows", "H", "T", "d", "steps"), "i32"
+    )
     strides = (f"{name}_{axis}" for name in ("g", "o", "gate", "y", "do", "dgate") for axis in "bht")
     return types | dict.fromkeys(strides, "i64") | {"eps": "fp32"}
 

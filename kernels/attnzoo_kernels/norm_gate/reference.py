@@ -11,9 +11,7 @@ from torch import Tensor
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
-def norm_gate_reference(
-    o: Tensor, gain: Tensor, gate: Tensor | None, activation: str, eps: float
-) -> Tensor:
+def norm_gate_reference(o: Tensor, gain: Tensor, gate: Tensor | None, activation: str, eps: float) -> Tensor:
     """As the public function."""
     given = (x.dtype for x in (o, gain, gate) if x is not None)
     dtype = reduce(torch.promote_types, given, torch.float32)

@@ -53,8 +53,8 @@ def scan(
             token's run. A padded tail carries the last run's index, k = v = 0, e = 0, beta = 0 and g = 0:
             with padding, give a constant decay per token.
         form: "chunked"; "recurrent", a loop over tokens; "quadratic", T x T matrices, without e and a.
-        impl: "reference", "triton" (form="chunked", K up to 256) or "auto": kernels on a GPU. They take chunks
-            of 64, 32 or 16 tokens, whichever is the largest up to ``chunk_size``, and at least 16.
+        impl: "reference", "triton" (form="chunked", K up to 256) or "auto": kernels on a GPU. Their chunks
+            have 64, 32 or 16 tokens, whichever is the largest up to ``chunk_size``, and at least 16.
 
     Returns:
         o (B,T,H,V) in v's dtype, and S (B,H,K,V) or None. The work is done in fp32, or in fp64 if q, k, v or

@@ -1,4 +1,4 @@
-"""What the kernels of a chunked scan run on: operands, sizes and buffers, by the names that they give them."""
+"""What the kernels of a chunked scan run on: operands, sizes and buffers, by the names that they use."""
 
 from __future__ import annotations
 
@@ -44,14 +44,23 @@ class Driver:
         self.x: dict[str, Any] = {
             **dict.fromkeys(("lower_k", "scores_k", "writes_k", "dlower_k", "dscores_k"), q),
             **dict.fromkeys(("inner", "dgates", "dbeta", "de_out", "da_out", "lower", "dlower", "scores"), q),
-            "q": q, "k": k, "v": v, "e": e, "a": a,
+            "q": q,
+            "k": k,
+            "v": v,
+            "e": e,
+            "a": a,
             "beta": q if beta is None else beta.float().contiguous(),
             "g": g.contiguous() if self.diagonal else q,
             "gates": q if self.diagonal else self._gates(g, q),
             "segments": q if segments is None else segments.contiguous(),
             "initial": state.float().contiguous(),
-            "scale": scale, "size": self.count * self.C, "N": self.N,
-            "T": self.T, "H": self.H, "K": self.K, "V": self.V,
+            "scale": scale,
+            "size": self.count * self.C,
+            "N": self.N,
+            "T": self.T,
+            "H": self.H,
+            "K": self.K,
+            "V": self.V,
         }
         self.constants = {"C": self.C, "KP": self.KP, "VP": self.VP, "PRECISION": self.precision}
         self.constants |= {"DIAGONAL": self.diagonal, "RANK_ONE": self.rank_one, "RUNS": segments is not None}

@@ -1,8 +1,9 @@
 """Pairs of tokens inside a chunk under a diagonal decay, and their gradients, by blocks of 16 tokens.
 
-Between two blocks the decay splits at the start of the row's block: from the column to there, and from there to
-the row; both sums are made by adding log decays, so no exponent is positive and nothing cancels. Inside a block
-the decay of every pair is the running sum between its tokens. Names are those of `kernel_delta_pairs`.
+Between two blocks the decay splits at the start of the row's block: from the column to there, and from there
+to the row; both sums are made by adding log decays, so no exponent is positive and nothing cancels. Inside a
+block the decay of every pair is the running sum between its tokens. Names are those of `kernel_delta_pairs`;
+without PROBES only the pairs of q are made, which is all that the plain classes need.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _total(g, row, inside, d, K):
 
 @triton.jit
 def _one(x, at, exists, d, K):
-    return tl.load(x + at * K + d, mask=exists & (d < K), other=0.0).to(tl.float32)
+    return tl.load(x + at * K + d, mask=d < tl.where(exists, K, 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -315,14 +316,14 @@ _CASES = {
 PAIRS_DIAGONAL = Kernel(
     "scan_delta_pairs_diagonal",
     pairs_diagonal,
-    (Tile({"BK": 64}, 2, 1), Tile({"BK": 32}, 1, 1), Tile({"BK": 128}, 4, 1)),
+    (Tile({"BK": 16}, 2, 1), Tile({"BK": 16}, 1, 1), Tile({"BK": 64}, 2, 1, ("gfx942",))),
     _CASES,
     types("q k e a scores lower_k scores_k", "beta g lower"),
 )
 PAIRS_DIAGONAL_BACKWARD = Kernel(
     "scan_delta_pairs_diagonal_backward",
     pairs_diagonal_backward,
-    (Tile({"BK": 64}, 2, 1), Tile({"BK": 32}, 1, 1), Tile({"BK": 64}, 4, 1)),
+    (Tile({"BK": 32}, 2, 1), Tile({"BK": 16}, 1, 1), Tile({"BK": 64}, 4, 1, ("gfx942",))),
     {name: case | {"KP": 128} for name, case in _CASES.items()},
     types("q k e a dlower dscores dlower_k dscores_k", "beta g inner"),
 )

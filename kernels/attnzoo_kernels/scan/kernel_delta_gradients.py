@@ -21,9 +21,9 @@ def value_gradients(
     C: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BV: tl.constexpr,
     RANK_ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz = X^T dy, dv, the values' part of dbeta (B*H*N, C), and the matrices' gradients before their decay."""
+    """dz = X^T dy, dv, the values' part of dbeta (B*H*N, C), and the matrices' gradients without decay."""
     program = tl.program_id(0).to(tl.int64)
-    b, n, row, inside = locate(program, N, T, H, C)
+    _, _, row, inside = locate(program, N, T, H, C)
     i = tl.arange(0, C)
     here = (program * C + i)[:, None]
     square = here * C + i[None, :]
@@ -136,7 +136,7 @@ def key_gradients(
     C: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DIAGONAL: tl.constexpr, RANK_ONE: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of K of a chunk: gradients of q, k, e, a, and the block's part of those of beta and the gates.
+    """One block of K of a chunk: gradients of q, k, e, a, and its part of those of beta and the gates.
 
     inner (4, B*H*N, C, KP): what the pairs of a chunk give to q, p, e, k under a diagonal decay.
     dgates: the gradient of g (B,T,H,K) under a diagonal decay, else (K blocks, 2, B*H*N, C) for G and for G
@@ -211,7 +211,12 @@ _GATED["bf16_128_scalar_rank_one"] = _GATED["bf16_128_rank_one"] | {"DIAGONAL": 
 VALUE_GRADIENTS = Kernel(
     "scan_delta_value_gradients",
     value_gradients,
-    (Tile({"BV": 64}, 4, 1), Tile({"BV": 32}, 4, 1), Tile({"BV": 64}, 8, 1)),
+    (
+        Tile({"BV": 32}, 8, 1, ("sm_90", "sm_100")),
+        Tile({"BV": 16}, 8, 1),
+        Tile({"BV": 64}, 8, 1, ("sm_100",)),
+        Tile({"BV": 64}, 4, 1, ("gfx942",)),
+    ),
     _CASES,
     types(
         "do v inverse lower_k scores_k writes_k y dy dstates dz dv dlower dscores dlower_k dscores_k",
@@ -223,10 +228,11 @@ KEY_GRADIENTS = Kernel(
     "scan_delta_key_gradients",
     key_gradients,
     (
-        Tile({"BK": 32, "BV": 64}, 4, 1),
-        Tile({"BK": 64, "BV": 64}, 8, 1),
-        Tile({"BK": 32, "BV": 32}, 4, 1),
-        Tile({"BK": 64, "BV": 32}, 8, 1),
+        Tile({"BK": 32, "BV": 64}, 8, 1, ("sm_90", "sm_100")),
+        Tile({"BK": 32, "BV": 32}, 8, 1, ("sm_90", "sm_100", "gfx942")),
+        Tile({"BK": 16, "BV": 64}, 8, 1, ("sm_80",)),
+        Tile({"BK": 16, "BV": 16}, 8, 1, ("sm_80",)),
+        Tile({"BK": 32, "BV": 64}, 4, 1, ("gfx942",)),
     ),
     _GATED,
     types(

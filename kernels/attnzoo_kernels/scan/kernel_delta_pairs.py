@@ -38,11 +38,7 @@ def load_rows(x, row, inside, d, D):
 def load_probe(a, beta, row, inside, d, D, RANK_ONE: tl.constexpr):
     """p in fp32: -a, or beta k with k in a's place."""
     x = load_rows(a, row, inside, d, D).to(tl.float32)
-    if RANK_ONE:
-        x = -x
-    else:
-        x = x * tl.load(beta + row, mask=inside, other=0.0)[:, None]
-    return x
+    return -x if RANK_ONE else x * tl.load(beta + row, mask=inside, other=0.0)[:, None]
 
 
 @triton.jit
@@ -183,14 +179,14 @@ FLAGS = {"RANK_ONE": False, "RUNS": True, "PRECISION": "ieee"}
 PAIRS = Kernel(
     "scan_delta_pairs",
     pairs,
-    (Tile({"BK": 64}, 4, 2), Tile({"BK": 32}, 4, 3), Tile({"BK": 64}, 8, 2)),
+    (Tile({"BK": 64}, 8, 2), Tile({"BK": 32}, 4, 3, ("sm_100", "gfx942"))),
     {"bf16": {"C": 64} | FLAGS, "bf16_rank_one": {"C": 64} | FLAGS | {"RANK_ONE": True}},
     types("q k e a scores lower_k scores_k", "beta gates lower"),
 )
 INVERSE = Kernel(
     "scan_delta_inverse",
     inverse,
-    (Tile({}, 1, 1), Tile({}, 2, 1)),
+    (Tile({}, 2, 1), Tile({}, 1, 1, ("gfx942",))),
     {"bf16": {"C": 64}},
     {"lower": "*fp32", "out": "*bf16"},
 )

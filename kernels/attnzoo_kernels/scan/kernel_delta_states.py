@@ -1,7 +1,7 @@
 """States of the delta and rank-1 classes: operands per chunk, the passes over the chunks, and the outputs.
 
-With X the inverse from `kernel_delta_pairs`, everything that does not need the state is made for all chunks at
-once, so that a pass has two products per chunk on its critical path:
+With X the inverse from `kernel_delta_pairs`, everything that does not need the state is made for all chunks
+at once, so that a pass has two products per chunk on its critical path:
 
     w = X R,  u = X z,  y_n = u_n - w_n S_n,  S_{n+1} = carry_n S_n + W_n^T y_n (+ Wk_n^T v_n)
     o_n = Q_n S_n + scores_n y_n (+ scores_k_n v_n)
@@ -29,7 +29,7 @@ def decay_weights(
     g, gates, segments, size, program, b, n, row, inside, d, T, H, K,
     C: tl.constexpr, DIAGONAL: tl.constexpr, RANK_ONE: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """exp of the sums of log decays, (C,1) or (C,BK): from the chunk's start up to a token, and up to the probe;
+    """exp of sums of log decays, (C,1) or (C,BK): from the chunk's start up to a token, and up to the probe;
     from a token to the chunk's end; over the whole chunk (BK). Zero across documents.
 
     Diagonal sums are running ones in either direction: nothing is subtracted, so nothing cancels.
@@ -133,7 +133,7 @@ def states_forward(
         columns = tl.trans(tl.load(writes + here * KP + d[None, :]))
         state = tl.dot(columns, found, state, input_precision=PRECISION)
         if RANK_ONE:
-            b, _, row, inside = locate(chunk, N, T, H, C)
+            _, _, row, inside = locate(chunk, N, T, H, C)
             columns = tl.trans(tl.load(writes_k + here * KP + d[None, :]))
             values = load_rows(v, row, inside, c, V)
             state = tl.dot(columns, values, state, input_precision=PRECISION)
@@ -148,7 +148,7 @@ def outputs(
     RANK_ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    b, n, row, inside = locate(program, N, T, H, C)
+    _, _, row, inside = locate(program, N, T, H, C)
     c = tl.program_id(1) * BV + tl.arange(0, BV)
     d, i = tl.arange(0, KP), tl.arange(0, C)
     here = (program * C + i)[:, None]
@@ -190,7 +190,7 @@ def states_backward(
         tl.store(dcarry + chunk * KP + d, tl.sum(leaving * dstate, 1))
         narrow = dstate.to(ty)
         tl.store(dstates + chunk * KP * VP + square, narrow)
-        b, _, row, inside = locate(chunk, N, T, H, C)
+        _, _, row, inside = locate(chunk, N, T, H, C)
         dout = load_rows(do, row, inside, c, V)
         columns = tl.load(writes + here * KP + d[None, :])
         inner = tl.trans(tl.load(scores + here * C + i[None, :]))
@@ -224,14 +224,23 @@ OPERANDS = Kernel(
 STATES_FORWARD = Kernel(
     "scan_delta_states_forward",
     states_forward,
-    (Tile({"BV": 32}, 4, 2), Tile({"BV": 64}, 4, 2), Tile({"BV": 64}, 8, 2), Tile({"BV": 16}, 4, 3)),
+    (
+        Tile({"BV": 32}, 4, 2),
+        Tile({"BV": 64}, 8, 2),
+        Tile({"BV": 64}, 4, 2, ("sm_90", "sm_100", "gfx942")),
+        Tile({"BV": 16}, 4, 3, ("sm_90", "sm_100")),
+    ),
     _CASES,
     types("w u writes writes_k v states y", "carry initial final", _INTS),
 )
 OUTPUTS = Kernel(
     "scan_delta_outputs",
     outputs,
-    (Tile({"BV": 64}, 4, 1), Tile({"BV": 32}, 4, 1), Tile({"BV": 64}, 8, 1)),
+    (
+        Tile({"BV": 64}, 8, 1),
+        Tile({"BV": 32}, 4, 1),
+        Tile({"BV": 64}, 4, 1, ("sm_90", "sm_100", "gfx942")),
+    ),
     _CASES,
     types("reads scores scores_k states y v o", "", "N T H V"),
 )

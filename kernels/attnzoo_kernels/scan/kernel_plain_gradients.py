@@ -12,7 +12,7 @@ import triton.language as tl
 from attnzoo_kernels.launch import Kernel, Tile
 from attnzoo_kernels.scan.kernel_delta_pairs import load_rows, locate, pair_weights, same_run, types
 from attnzoo_kernels.scan.kernel_delta_states import decay_weights
-from attnzoo_kernels.scan.kernel_plain_states import CASES, INTS, chunk_scores
+from attnzoo_kernels.scan.kernel_plain_states import CASES, INTS, NVIDIA, chunk_scores
 
 
 @triton.jit
@@ -140,21 +140,25 @@ def key_gradients(
 STATES_BACKWARD = Kernel(
     "scan_plain_states_backward",
     states_backward,
-    (Tile({"BK": 64, "BV": 64}, 4, 2), Tile({"BK": 64, "BV": 32}, 4, 2), Tile({"BK": 32, "BV": 32}, 4, 2)),
+    (
+        Tile({"BK": 64, "BV": 64}, 8, 2, NVIDIA),
+        Tile({"BK": 64, "BV": 32}, 4, 2),
+        Tile({"BK": 32, "BV": 32}, 4, 2),
+    ),
     CASES,
     types("q do states dstates", "g gates dfinal dcarry dinitial", INTS),
 )
 VALUE_GRADIENTS = Kernel(
     "scan_plain_value_gradients",
     value_gradients,
-    (Tile({"BK": 64, "BV": 64}, 4, 1), Tile({"BK": 32, "BV": 32}, 4, 2), Tile({"BK": 64, "BV": 64}, 8, 1)),
+    (Tile({"BK": 64, "BV": 64}, 8, 1), Tile({"BK": 32, "BV": 32}, 4, 2, ("gfx942",))),
     CASES,
     types("q k v do scores dstates dv dscores", "g gates", INTS),
 )
 KEY_GRADIENTS = Kernel(
     "scan_plain_key_gradients",
     key_gradients,
-    (Tile({"BK": 64, "BV": 64}, 4, 1), Tile({"BK": 32, "BV": 32}, 4, 2), Tile({"BK": 64, "BV": 64}, 8, 1)),
+    (Tile({"BK": 64, "BV": 64}, 8, 1), Tile({"BK": 32, "BV": 32}, 4, 2), Tile({"BK": 16, "BV": 32}, 4, 2)),
     CASES,
     types("q k v do states dstates dscores dq_out dk_out", "g gates inner dcarry dgates", INTS + " parts"),
 )

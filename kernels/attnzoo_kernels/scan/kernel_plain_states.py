@@ -2,7 +2,7 @@
 
     S_{n+1} = carry_n S_n + (k e^{G_C - G})^T v,    o_n = scale ((q e^G) S_n + tril(M^{qk}) v)
 
-Blocks of keys and of values of a state are independent, so that a pass over the chunks has a program for each.
+Blocks of keys and of values of a state are independent: a pass over the chunks has a program for each.
 """
 
 from __future__ import annotations
@@ -103,18 +103,24 @@ CASES = {
     "bf16_128_diagonal": SIZES | {"DIAGONAL": True},
 }
 INTS = "N T H K V"
+NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 STATES_FORWARD = Kernel(
     "scan_plain_states_forward",
     states_forward,
-    (Tile({"BK": 64, "BV": 64}, 4, 2), Tile({"BK": 64, "BV": 32}, 4, 3), Tile({"BK": 32, "BV": 32}, 4, 2)),
+    (
+        Tile({"BK": 64, "BV": 64}, 8, 2, NVIDIA),
+        Tile({"BK": 32, "BV": 32}, 4, 2),
+        Tile({"BK": 16, "BV": 32}, 4, 2),
+        Tile({"BK": 64, "BV": 64}, 4, 2, ("gfx942",)),
+    ),
     CASES,
     types("k v states", "g gates initial final", INTS),
 )
 OUTPUTS = Kernel(
     "scan_plain_outputs",
     outputs,
-    (Tile({"BK": 64, "BV": 64}, 4, 2), Tile({"BK": 64, "BV": 64}, 8, 2), Tile({"BK": 32, "BV": 64}, 4, 2)),
+    (Tile({"BK": 64, "BV": 64}, 8, 2), Tile({"BK": 64, "BV": 64}, 4, 2), Tile({"BK": 16, "BV": 32}, 4, 2)),
     CASES,
     types("q k v scores states o", "g gates", INTS),
 )

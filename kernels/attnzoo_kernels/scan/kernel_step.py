@@ -1,4 +1,4 @@
-"""One token of every transition class: a block of V of a state is read, changed, read out and written once."""
+"""One token of every transition class: a block of a state is read, changed, read out and written once."""
 
 from __future__ import annotations
 

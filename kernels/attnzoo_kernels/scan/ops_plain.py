@@ -1,4 +1,4 @@
-"""The plain scan as custom ops of torch, over the Triton kernels. Only the inputs are kept for the backward."""
+"""The plain scan as custom ops of torch, over the Triton kernels; the backward keeps the inputs alone."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def scan_plain(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The plain classes of `scan`, whose arguments these are, validated: no, a constant, a scalar or a
-    diagonal decay. Linear attention, arXiv 2006.16236; RetNet, 2307.08621; Mamba-2, 2405.21060; GLA, 2312.06635.
+    diagonal decay.
+
+    Linear attention, arXiv 2006.16236; RetNet, 2307.08621; Mamba-2, 2405.21060; GLA, 2312.06635.
 
     Args, returns: as `scan_delta`.
     """

@@ -33,7 +33,8 @@ def scan_step_kernel(
         STEP.fn[(B * H, -(-V // tile.meta["BV"]))](
             state, q, k, v, g, beta, e, a, q if fresh is None else fresh.to(torch.int8), o, out, scale,
             H, K, V, KP=launch.power_of_2(K, 16), GATE=gate, DELTA=given[5] is not None,
-            RANK_ONE=given[7] is not None, FRESH=fresh is not None, **tile.meta, num_warps=tile.warps, num_stages=tile.stages,
+            RANK_ONE=given[7] is not None, FRESH=fresh is not None, **tile.meta, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
 
     run(launch.tuner.pick(STEP, (launch.power_of_2(B * H), K, V, str(q.dtype)), q.device, run))

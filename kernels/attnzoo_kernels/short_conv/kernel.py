@@ -1,5 +1,7 @@
 """The short convolution: tiles of rows and channels forward, a walk along the rows backward."""
 
+# ruff: noqa: RUF005  (in a kernel, tuples grow by concatenation alone)
+
 from __future__ import annotations
 
 import triton
@@ -85,7 +87,7 @@ def backward(
     mask = inside & (first < T)
     next_x = tl.load(x + first * x_t + c, mask=mask, other=0.0)
     next_g = tl.load(g + first * g_t + c, mask=mask, other=0.0)
-    for step in range(0, LENGTH + N - 1):
+    for step in range(LENGTH + N - 1):
         t = first + step
         now = next_x.to(tl.float32)
         by_pre = next_g.to(tl.float32)
