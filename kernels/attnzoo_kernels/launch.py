@@ -21,6 +21,7 @@ from torch import Tensor
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
 IMPLS = ("auto", "reference", "triton")
+MOST_PROGRAMS = 65535  # along the second and third axis of a grid
 
 
 def interpreting() -> bool:

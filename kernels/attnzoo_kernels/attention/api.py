@@ -91,13 +91,15 @@ def attention(
 
 
 def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    chosen, widest = launch.choose("attention", impl, q, k, v), max(q.shape[-1], v.shape[-1])
-    if chosen == "triton" and widest > LARGEST:
+    chosen, why = launch.choose("attention", impl, q, k, v), None
+    widest, rows = max(q.shape[-1], v.shape[-1]), q.shape[0] * q.shape[1]
+    if widest > LARGEST:
+        why = f"widths go up to {LARGEST}, got {widest}"
+    elif rows > launch.MOST_PROGRAMS:
+        why = f"B H goes up to {launch.MOST_PROGRAMS}, got {rows}"
+    if chosen == "triton" and why:
         if impl == "triton":
-            raise ValueError(
-                f"impl: 'triton' cannot run attention: widths go up to {LARGEST}, got {widest}; "
-                "use impl='reference'"
-            )
+            raise ValueError(f"impl: 'triton' cannot run attention: {why}; use impl='reference'")
         return "reference"
     return chosen
 

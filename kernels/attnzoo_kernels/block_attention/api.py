@@ -75,6 +75,8 @@ def _refusal(q: Tensor, v: Tensor, blocks: Tensor, query_block: int, key_block: 
         return f"key blocks have 16, 32, 64 or 128 tokens, got {key_block}"
     if query_block & (query_block - 1):
         return f"query blocks have a power of 2 of tokens, got {query_block}"
+    if q.shape[0] * blocks.shape[1] > launch.MOST_PROGRAMS:
+        return f"B L goes up to {launch.MOST_PROGRAMS}, got {q.shape[0] * blocks.shape[1]}"
     if shared > MOST_SHARED:
         return f"up to {MOST_SHARED} query heads share a list, got {shared}"
     return None

@@ -11,7 +11,6 @@ from attnzoo_kernels.span import Span
 
 MOST_HEADS = 16
 MOST_RANK = 4
-MOST_PROGRAMS = 65535  # along the last axis of a grid
 
 
 def compose(
@@ -65,8 +64,8 @@ def compose(
 def _refusal(q: Tensor, pre: Mix | None, post: Mix | None) -> str | None:
     if q.shape[1] > MOST_HEADS:
         return f"the kernels take up to {MOST_HEADS} heads, got {q.shape[1]}"
-    if q.shape[0] * q.shape[1] > MOST_PROGRAMS:
-        return f"the kernels take B H up to {MOST_PROGRAMS}, got {q.shape[0] * q.shape[1]}"
+    if q.shape[0] * q.shape[1] > launch.MOST_PROGRAMS:
+        return f"the kernels take B H up to {launch.MOST_PROGRAMS}, got {q.shape[0] * q.shape[1]}"
     keys = [mix.key for mix in (pre, post) if mix is not None and mix.key is not None]
     rank = max([key.shape[1] // 2 for key in keys], default=0)
     if rank > MOST_RANK:
