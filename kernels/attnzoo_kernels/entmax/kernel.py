@@ -165,7 +165,7 @@ LONG_ROWS = Kernel(
 BLOCKS = Kernel(
     "entmax_forward_blocks",
     forward_blocks,
-    (Tile({"BLOCK": 4096}, 8, 1), Tile({"BLOCK": 2048}, 4, 1)),
+    (Tile({"BLOCK": 2048}, 4, 1), Tile({"BLOCK": 4096}, 8, 1, ("sm_90", "sm_100", "gfx942"))),
     {"bf16": {"HAS_VISIBLE": False}, "bf16_visible": {"HAS_VISIBLE": True}},
     _FORWARD,
 )
