@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+NVIDIA = CHIPS[:3]
 IMPLS = ("auto", "reference", "triton")
 MOST_PROGRAMS = 65535  # along the second and third axis of a grid
 

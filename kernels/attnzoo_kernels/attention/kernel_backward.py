@@ -7,7 +7,6 @@ import triton.language as tl
 
 from attnzoo_kernels.attention.kernel_forward import (
     HOPPER,
-    NVIDIA,
     STRIDES,
     cases,
     edge,
@@ -25,7 +24,7 @@ from attnzoo_kernels.attention.kernel_scores import (
     visible,
     weigh,
 )
-from attnzoo_kernels.launch import Kernel, Tile
+from attnzoo_kernels.launch import NVIDIA, Kernel, Tile
 
 
 @triton.jit
@@ -310,7 +309,7 @@ KEYS = _by_width("keys", keys, {
         Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2, ("sm_80", "sm_90")),
         Tile({"BLOCK_M": 16, "BLOCK_N": 128}, 8, 2, ("sm_90",)),
         Tile({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 1, ("sm_100",)),
-        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, NVIDIA),
+        Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, ("sm_80",)),
         Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1, ("gfx942",)),
         Tile({"BLOCK_M": 16, "BLOCK_N": 32}, 4, 1, ("gfx942",)),
     ),

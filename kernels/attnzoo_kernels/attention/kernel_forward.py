@@ -23,7 +23,7 @@ from attnzoo_kernels.attention.kernel_scores import (
     visible,
     weigh,
 )
-from attnzoo_kernels.launch import Kernel, Tile
+from attnzoo_kernels.launch import NVIDIA, Kernel, Tile
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def cases(d: int) -> dict[str, dict[str, object]]:
     return found
 
 
-NVIDIA, HOPPER = ("sm_80", "sm_90", "sm_100"), ("sm_90", "sm_100")
+HOPPER = ("sm_90", "sm_100")
 # By the widest of queries, keys and values.
 FORWARD = {
     64: (

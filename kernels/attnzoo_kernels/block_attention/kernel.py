@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from attnzoo_kernels.attention.kernel_scores import LN_2, LOG2_E, load_tile, store_tile, visible
-from attnzoo_kernels.launch import Kernel, Tile
+from attnzoo_kernels.launch import NVIDIA, Kernel, Tile
 
 
 @triton.jit
@@ -208,7 +208,6 @@ _TYPES = (
     | dict.fromkeys(("span_b", "H", "G", "L", "T", "S", "number", "entries", "window", "n_sink"), "i32")
     | dict.fromkeys(("scale", "factor"), "fp32")
 )
-_NVIDIA = ("sm_80", "sm_90", "sm_100")
 FORWARD = Kernel(
     "block_attention_forward",
     forward,
@@ -219,14 +218,14 @@ FORWARD = Kernel(
 QUERIES = Kernel(
     "block_attention_queries",
     queries,
-    (Tile({}, 4, 2, ("sm_90", "sm_100", "gfx942")), Tile({}, 8, 1, _NVIDIA)),
+    (Tile({}, 4, 2, ("sm_90", "sm_100", "gfx942")), Tile({}, 8, 1, NVIDIA)),
     _cases(ROWS),
     _TYPES,
 )
 KEYS = Kernel(
     "block_attention_keys",
     keys,
-    (Tile({}, 8, 2, _NVIDIA), Tile({}, 8, 1, _NVIDIA), Tile({}, 4, 1, ("sm_100", "gfx942"))),
+    (Tile({}, 8, 2, NVIDIA), Tile({}, 8, 1, NVIDIA), Tile({}, 4, 1, ("sm_100", "gfx942"))),
     _cases(ROWS_OF_KEYS),
     _TYPES,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.launch import Kernel, Tile
+from attnzoo_kernels.launch import NVIDIA, Kernel, Tile
 
 
 @triton.jit
@@ -129,8 +129,8 @@ PARTIAL = Kernel(
     partial,
     (
         Tile({"BLOCK_H": 16, "BLOCK_S": 32}, 4, 2),
-        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 4, 2, ("sm_80", "sm_90", "sm_100")),
-        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 8, 2, ("sm_80", "sm_90", "sm_100")),
+        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 4, 2, NVIDIA),
+        Tile({"BLOCK_H": 16, "BLOCK_S": 64}, 8, 2, NVIDIA),
         Tile({"BLOCK_H": 64, "BLOCK_S": 64}, 8, 2, ("sm_90",)),
     ),
     _CASES,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.launch import Kernel, Tile
+from attnzoo_kernels.launch import NVIDIA, Kernel, Tile
 from attnzoo_kernels.scan.kernel_delta_pairs import load_rows, locate, pair_weights, same_run, types
 from attnzoo_kernels.scan.kernel_delta_states import decay_weights
-from attnzoo_kernels.scan.kernel_plain_states import CASES, INTS, NVIDIA, chunk_scores
+from attnzoo_kernels.scan.kernel_plain_states import CASES, INTS, chunk_scores
 
 
 @triton.jit

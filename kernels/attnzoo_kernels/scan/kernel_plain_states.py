@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnzoo_kernels.launch import Kernel, Tile
+from attnzoo_kernels.launch import NVIDIA, Kernel, Tile
 from attnzoo_kernels.scan.kernel_delta_pairs import load_rows, locate, pair_weights, same_run, types
 from attnzoo_kernels.scan.kernel_delta_states import decay_weights
 
@@ -103,7 +103,6 @@ CASES = {
     "bf16_128_diagonal": SIZES | {"DIAGONAL": True},
 }
 INTS = "N T H K V"
-NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 STATES_FORWARD = Kernel(
     "scan_plain_states_forward",
