@@ -12,7 +12,7 @@ from attnzoo.attention.base import Call, Site, Stage, flag
 from attnzoo.cost import Work
 from attnzoo.ops.fused import rms_norm
 from attnzoo_kernels.launch import choose
-from attnzoo_kernels.norm_gate import norm_gate
+from attnzoo_kernels.norm_gate import MAX_WIDTH, norm_gate
 
 
 class HeadNorm(Stage):
@@ -27,7 +27,7 @@ class HeadNorm(Stage):
 
     def forward(self, o: Tensor, call: Call, gate: Tensor | None = None, act: str = "silu") -> Tensor:
         """``gate`` and ``act``: those of the stage that follows, where a kernel does both."""
-        if gate is not None or choose("norm_gate", call.impl, o, self.gain) == "triton":
+        if gate is not None or _kernel_runs(o, call):
             return norm_gate(o, self.gain, gate, activation=act, eps=self.eps, impl=call.impl)
         return rms_norm(o, self.gain, self.eps)
 
@@ -90,4 +90,8 @@ def combined(stages: Iterable[Stage], o: Tensor, call: Call) -> Tensor:
 
 def _fuses(stage: Stage, o: Tensor, call: Call) -> bool:
     plain = isinstance(stage, Gate) and stage.rescale == 1.0 and stage.act in FUSED
-    return plain and stage.shape[1] == o.shape[-1] and choose("norm_gate", call.impl, o) == "triton"
+    return plain and stage.shape[1] == o.shape[-1] and _kernel_runs(o, call)
+
+
+def _kernel_runs(o: Tensor, call: Call) -> bool:
+    return o.shape[-1] <= MAX_WIDTH and choose("norm_gate", call.impl, o) == "triton"
