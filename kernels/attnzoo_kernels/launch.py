@@ -35,10 +35,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def choose(op: str, impl: str, *tensors: Tensor | None) -> str:
+def choose(op: str, impl: str, *tensors: Tensor | None, refusal: str | None = None) -> str:
     """ "reference" or "triton" for these operands.
 
     auto: the kernels for fp32, bf16 and fp16 on a GPU with triton, the reference elsewhere.
+
+    Args:
+        refusal: why the op's own kernels cannot take these operands, with the way out; None = they can.
 
     Raises:
         ValueError: ``impl`` is unknown, or "triton" was asked for and cannot run; the message says why.
@@ -48,7 +51,7 @@ def choose(op: str, impl: str, *tensors: Tensor | None) -> str:
     if impl == "reference":
         return impl
     given = [x for x in tensors if x is not None]
-    why = None
+    why = refusal
     if not has_triton():
         why = "triton is not installed; install attnzoo[triton]"
     elif any(x.dtype == torch.float64 for x in given):
@@ -105,6 +108,11 @@ class Kernel:
     tiles: tuple[Tile, ...]
     cases: Mapping[str, Mapping[str, Any]]
     types: Mapping[str, str] | Callable[[Mapping[str, Any]], Mapping[str, str]]
+
+    def start(self, tile: Tile, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
+        """Launches with what ``values`` holds by the arguments' names; it may hold more."""
+        named = {name: values[name] for name in self.fn.arg_names}
+        self.fn[grid](**named, num_warps=tile.warps, num_stages=tile.stages)
 
     def signature(self, case: str) -> Mapping[str, str]:
         return self.types(self.cases[case]) if callable(self.types) else self.types

@@ -54,11 +54,14 @@ class Span:
     def visible(self, S: int, rows: slice = slice(None), cols: slice = slice(None)) -> Tensor:
         """``(B or 1, 1, t, s)`` bool table of some rows and key columns."""
         j = torch.arange(S, device=self.own.device, dtype=torch.int32)[cols]
-        own, first = self.own[:, rows, None], self.first[:, rows, None]
+        return self.sees(self.own[:, rows, None], self.first[:, rows, None], j)[:, None]
+
+    def sees(self, own: Tensor, first: Tensor, j: Tensor) -> Tensor:
+        """Whether queries at ``own``, in documents from ``first``, see key columns ``j``; broadcasts."""
         seen = (j <= own) & (j >= first)
         if self.window is not None:
             seen &= (own - j < self.window) | (j - first < self.n_sink)
-        return seen[:, None]
+        return seen
 
     def cols(self, S: int, rows: slice) -> slice:
         """Key columns that some of the rows can see; one synchronisation on a GPU, none for the reference."""

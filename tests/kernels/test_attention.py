@@ -9,7 +9,7 @@ import torch
 from bounds import assert_within
 from torch import Tensor
 
-from attnzoo_kernels import launch
+from attnzoo_kernels import launch, rows
 from attnzoo_kernels.attention import NORMALISERS, attention
 from attnzoo_kernels.span import Span
 
@@ -96,9 +96,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, span: Span, *, normaliser, scale, b
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("span", ["documents", "sinks"])
 def test_reference_matches_loop(name: str, span: str, monkeypatch) -> None:
-    import attnzoo_kernels.attention.reference as reference
-
-    monkeypatch.setattr(reference, "PAIRS", 16 * 37)  # several runs of rows
+    monkeypatch.setattr(rows, "ROWS", 16)  # several runs of them
     given = options(name, scale=0.4, cap=1.5, slopes=draw(4, seed=7).abs())
     if name == "softmax":
         given |= {"cap": None, "slopes": None}
@@ -127,14 +125,12 @@ def test_gradcheck_of_the_reference(name: str) -> None:
 
 def test_long_rows_of_the_reference_recompute() -> None:
     """The backward of recomputed runs of rows is that of kept ones."""
-    import attnzoo_kernels.attention.reference as reference
-
     q, k, v = (x.requires_grad_() for x in operands(T=37))
     found = []
     for least in (1, 1 << 20):
-        reference.LEAST_RECOMPUTED, kept = least, reference.LEAST_RECOMPUTED
+        rows.LEAST_RECOMPUTED, kept = least, rows.LEAST_RECOMPUTED
         o = attention(q, k, v, SPANS["sinks"])
-        reference.LEAST_RECOMPUTED = kept
+        rows.LEAST_RECOMPUTED = kept
         found.append([o, *torch.autograd.grad(o.square().sum(), (q, k, v))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)

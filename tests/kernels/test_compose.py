@@ -10,7 +10,7 @@ from bounds import assert_within
 from torch import Tensor
 
 import attnzoo
-from attnzoo_kernels import launch
+from attnzoo_kernels import launch, rows
 from attnzoo_kernels.compose import Mix, compose
 from attnzoo_kernels.span import Span
 
@@ -147,12 +147,11 @@ def test_gradcheck_of_the_reference() -> None:
 
 
 def test_reference_in_chunks(monkeypatch) -> None:
-    import attnzoo_kernels.compose.reference as reference
 
     operands, span = make(2, 3, 37, 37, 4, 4, "sqk", "sqk"), span_of(2, 37, 37, "documents")
     whole = run("reference", operands, span, torch.float64, draw(2, 3, 37, 4, seed=11))
-    monkeypatch.setattr(reference, "ROWS", 5)
-    monkeypatch.setattr(reference, "LEAST_RECOMPUTED", 37)
+    monkeypatch.setattr(rows, "ROWS", 5)
+    monkeypatch.setattr(rows, "LEAST_RECOMPUTED", 37)
     parts = run("reference", operands, span, torch.float64, draw(2, 3, 37, 4, seed=11))
     for name, x in whole.items():
         torch.testing.assert_close(parts[name], x, rtol=0, atol=1e-11)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from bounds import assert_within
@@ -12,8 +9,6 @@ from torch import Tensor
 
 from attnzoo_kernels import launch
 from attnzoo_kernels.scan import scan
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 from scans import CLASSES, make, runs, start
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -80,7 +80,7 @@ def attention(
     if return_lse and normaliser not in ("softmax", "signed"):
         raise ValueError(f"return_lse: {normaliser!r} has no log-sum-exp; ask for it with softmax or signed")
     options = (normaliser, scale, bias, sink, clip, cap, slopes)
-    if _choose(impl, q, k, v) == "reference":
+    if launch.choose("attention", impl, q, k, v, refusal=_refusal(q, v)) == "reference":
         o, lse = attention_reference(q, k, v, span, *options)
     else:
         from attnzoo_kernels.attention.ops import attention_kernels, worst
@@ -90,18 +90,13 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    chosen, why = launch.choose("attention", impl, q, k, v), None
+def _refusal(q: Tensor, v: Tensor) -> str | None:
     widest, rows = max(q.shape[-1], v.shape[-1]), q.shape[0] * q.shape[1]
     if widest > LARGEST:
-        why = f"widths go up to {LARGEST}, got {widest}"
-    elif rows > launch.MOST_PROGRAMS:
-        why = f"B H goes up to {launch.MOST_PROGRAMS}, got {rows}"
-    if chosen == "triton" and why:
-        if impl == "triton":
-            raise ValueError(f"impl: 'triton' cannot run attention: {why}; use impl='reference'")
-        return "reference"
-    return chosen
+        return f"widths go up to {LARGEST}, got {widest}; use impl='reference'"
+    if rows > launch.MOST_PROGRAMS:
+        return f"B H goes up to {launch.MOST_PROGRAMS}, got {rows}; use impl='reference'"
+    return None
 
 
 def _per_head(name: str, value: Tensor | float | None, q: Tensor) -> Tensor | None:

@@ -23,37 +23,63 @@ def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def rows_apart(x: Tensor) -> Tensor:
-    """With neighbours along the last axis; every other axis may have any stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def shared(q: Tensor, k: Tensor, v: Tensor, own: Tensor, first: Tensor, window: int, n_sink: int) -> tuple:
+    """Arguments and constants, by name, that all kernels of attention read: operands, strides and sizes."""
+    # neighbours lie along the last axis; every other axis may have any stride
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    (_, H, T, d), (_, G, S, _), d_v = q.shape, k.shape, v.shape[-1]
+    strides = {
+        f"{name}_{axis}": x.stride(i)
+        for name, x, axes in (("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs"))
+        for i, axis in enumerate(axes)
+    }
+    values = {
+        "q": q, "k": k, "v": v, "own": own.contiguous(), "first": first.contiguous(),
+        "span_b": T if own.shape[0] > 1 else 0, "H": H, "G": G, "T": T, "S": S,
+        "window": min(window, S), "n_sink": min(n_sink, S),
+    }
+    constants = {
+        "D": d, "D_V": d_v, "WIDE": launch.power_of_2(d, 16), "WIDE_V": launch.power_of_2(d_v, 16),
+        "WINDOW": window > 0, "PRECISION": launch.precision(),
+    }
+    return values | strides, constants
+
+
+def row_deltas(o: Tensor, do: Tensor, dlse: Tensor | None, out: Tensor, wide: int) -> None:
+    """do . o of every row into ``out`` (B,H,T) fp32, less the gradient of its log-sum-exp; do contiguous."""
+    from attnzoo_kernels.attention.kernel_backward import DELTA
+
+    values = {
+        "o": o.contiguous(), "do": do, "out": out, "rows": out.numel(), "D_V": o.shape[-1],
+        "dlse": out if dlse is None else dlse.float().contiguous(), "LSE": dlse is not None,
+        "WIDE_V": wide,
+    }
+
+    def start(tile: launch.Tile) -> None:
+        DELTA.start(tile, (-(-out.numel() // tile.meta["BLOCK"]),), values | tile.meta)
+
+    key = (wide, dlse is not None, launch.bucket(out.numel()), str(o.dtype))
+    start(launch.tuner.pick(DELTA, key, o.device, start))
 
 
 class _Call:
     """Arguments and constants that the forward and backward kernels share."""
 
     def __init__(self, q, k, v, own, first, window, n_sink, normaliser, scale, bias, clip, cap, slopes):
-        (B, H, T, d), (_, G, S, _), d_v = q.shape, k.shape, v.shape[-1]
-        self.q, self.k, self.v = (rows_apart(x) for x in (q, k, v))
-        self.B, self.H, self.T, self.G, self.S, self.d, self.d_v = B, H, T, G, S, d, d_v
-        self.width = next(width for width in (64, 128, 256) if max(d, d_v) <= width)
+        (self.B, self.H, self.T, d), (_, self.G, self.S, _), self.d_v = q.shape, k.shape, v.shape[-1]
+        self.q = q
+        self.width = next(width for width in (64, 128, 256) if max(d, self.d_v) <= width)
+        self.x, self.constants = shared(q, k, v, own, first, window, n_sink)
         unit = 1.0 if normaliser == "relu" else math.log2(math.e)
-        self.norm, self.window = CODES[normaliser], window
-        self.x = {
-            "q": self.q, "k": self.k, "v": self.v, "own": own.contiguous(), "first": first.contiguous(),
-            "slopes": self._fp32(slopes), "biases": self._fp32(bias),
-            **{f"{name}_{axis}": x.stride(i) for name, x, axes in (
-                ("q", self.q, "bht"), ("k", self.k, "bhs"), ("v", self.v, "bhs")
-            ) for i, axis in enumerate(axes)},
-            "span_b": own.shape[1] if own.shape[0] > 1 else 0, "H": H, "G": G, "T": T, "S": S,
-            "scale": scale / cap if cap else scale * unit, "cap": cap * unit, "unit": unit,
-            "factor": scale, "low": clip[0], "high": clip[1],
-            "window": min(window, S), "n_sink": min(n_sink, S),
-        }  # fmt: skip
-        self.constants = {
-            "D": d, "D_V": d_v, "WIDE": launch.power_of_2(d, 16), "WIDE_V": launch.power_of_2(d_v, 16),
-            "NORM": self.norm, "CAP": cap > 0, "SLOPES": slopes is not None, "BIAS": bias is not None,
-            "WINDOW": window > 0, "PRECISION": launch.precision(),
-        }  # fmt: skip
+        self.x |= {
+            "slopes": self._fp32(slopes), "biases": self._fp32(bias), "unit": unit, "factor": scale,
+            "scale": scale / cap if cap else scale * unit, "cap": cap * unit,
+            "low": clip[0], "high": clip[1],
+        }
+        self.constants |= {
+            "NORM": CODES[normaliser], "CAP": cap > 0,
+            "SLOPES": slopes is not None, "BIAS": bias is not None,
+        }
 
     def _fp32(self, x: Tensor | None) -> Tensor:
         return self.q if x is None else x.float().contiguous()
@@ -64,12 +90,7 @@ class _Call:
 
         def start(tile: launch.Tile) -> None:
             late = {} if prepare is None else prepare(tile.meta)
-            used = values | tile.meta | late
-            kernel.fn[grid(tile.meta)](
-                **{name: used[name] for name in kernel.fn.arg_names},
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+            kernel.start(tile, grid(tile.meta), values | tile.meta | late)
 
         flags = tuple(self.constants.values())
         key = (*flags, launch.power_of_2(self.B * self.H), launch.bucket(self.T), str(self.q.dtype))
@@ -119,13 +140,8 @@ def attention_backward(
     B, H, T, G, S = call.B, call.H, call.T, call.G, call.S
     do = do.contiguous()
     deltas = _empty(q, (B, H, T), torch.float32)
-    wide = call.constants["WIDE_V"]
     if normaliser != "clipped_softmax":
-        call.run(
-            kernels.DELTA, lambda meta: (-(-B * H * T // meta["BLOCK"]),), o=o.contiguous(), do=do,
-            out=deltas, dlse=o if dlse is None else dlse.float().contiguous(), LSE=dlse is not None,
-            rows=B * H * T, D_V=call.d_v, WIDE_V=wide,
-        )  # fmt: skip
+        row_deltas(o, do, dlse, deltas, call.constants["WIDE_V"])
     dq, dk, dv = (_empty(q, tuple(x.shape), q.dtype) for x in (q, k, v))
     sums = _empty(q, (B, H, T) if bias is not None else (0,), torch.float32)
     shared = {"do": do, "saved": saved, "deltas": deltas}
@@ -152,7 +168,7 @@ def _limits(call: _Call, kernel: launch.Kernel, own: Tensor, first: Tensor, bloc
     size = kernel.tiles[0].meta["BLOCK"]
     kernel.fn[(-(-tiles // size), batch)](
         own, first, out, call.T, launch.power_of_2(call.T), call.S, tiles, call.x["window"], call.x["n_sink"],
-        WINDOW=call.window > 0, BLOCK_N=block, BLOCK=size, num_warps=kernel.tiles[0].warps,
+        WINDOW=call.constants["WINDOW"], BLOCK_N=block, BLOCK=size, num_warps=kernel.tiles[0].warps,
     )  # fmt: skip
     return out
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from attnzoo_kernels.rows import by_rows
 from attnzoo_kernels.span import Span
-
-PAIRS = 1 << 18  # pairs of tokens per head whose scores exist at once
-LEAST_RECOMPUTED = 2048  # rows from which the backward makes scores again instead of keeping them
 
 
 def attention_reference(
@@ -27,29 +24,23 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """As the public function, with the log-sum-exp always; work O(T window) under a window without sinks."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    T, S, step = q.shape[2], k.shape[2], max(16, PAIRS // k.shape[2])
-    extras = [None if x is None else x.to(dtype) for x in (bias, sink, slopes)]
+    T, S = q.shape[2], k.shape[2]
+    bias, sink, slopes = (None if x is None else x.to(dtype) for x in (bias, sink, slopes))
 
-    def rows_of(rows: slice, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor | None):
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
         cols = span.cols(S, rows)
         if cols.start >= cols.stop:
             cols = slice(0, 1)
-        s = _scores(q[:, :, rows], k[:, :, cols], span, rows, cols, scale, cap, extras[0], extras[2])
+        s = _scores(q[:, :, rows], k[:, :, cols], span, rows, cols, scale, cap, bias, slopes)
         seen = span.visible(S, rows, cols)
-        p, lse = normalise(s, seen, normaliser, extras[1], clip)
+        p, lse = normalise(s, seen, normaliser, sink, clip)
         grouped = p.unflatten(1, (v.shape[1], -1))
         values = v[:, :, None, cols].to(dtype)
         unseen = ~seen.any(2)[:, :, None, :, None]
         return (grouped @ values.masked_fill(unseen, 0.0)).flatten(1, 2).to(v.dtype), lse
 
-    parts = []
-    recompute = torch.is_grad_enabled() and T >= LEAST_RECOMPUTED
     with torch.autocast(q.device.type, enabled=False):
-        for start in reversed(range(0, T, step)):
-            run = slice(start, min(start + step, T))
-            args = (run, q, k, v, *extras)
-            parts.append(checkpoint(rows_of, *args, use_reentrant=False) if recompute else rows_of(*args))
-    o, lse = (torch.cat(x[::-1], 2) for x in zip(*parts, strict=True))
+        o, lse = by_rows(run, T, S)
     return o, lse
 
 

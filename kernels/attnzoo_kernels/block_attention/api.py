@@ -51,13 +51,9 @@ def block_attention(
     """
     _validate(q, k, v, blocks, span, query_block, key_block)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = launch.choose("block_attention", impl, q, k, v)
-    if chosen == "triton":
-        why = _refusal(q, v, blocks, query_block, key_block)
-        if why and impl == "triton":
-            raise ValueError(f"impl: 'triton' cannot run block_attention: {why}; use impl='reference'")
-        chosen = "reference" if why else chosen
-    if chosen == "reference":
+    why = _refusal(q, v, blocks, query_block, key_block)
+    why = why and f"{why}; use impl='reference'"
+    if launch.choose("block_attention", impl, q, k, v, refusal=why) == "reference":
         o, lse = block_attention_reference(q, k, v, blocks, span, query_block, key_block, scale)
     else:
         from attnzoo_kernels.block_attention.ops import block_attention_kernels, worst

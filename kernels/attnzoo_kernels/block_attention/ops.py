@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnzoo_kernels import launch
-from attnzoo_kernels.attention.ops import rows_apart
+from attnzoo_kernels.attention.ops import row_deltas, shared
 from attnzoo_kernels.block_attention.reference import block_attention_reference
 from attnzoo_kernels.span import Span
 
@@ -22,25 +22,14 @@ class _Call:
     """Arguments and constants that the kernels share."""
 
     def __init__(self, q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale):
-        (B, H, T, d), (_, G, S, _), d_v = q.shape, k.shape, v.shape[-1]
-        q, k, v = (rows_apart(x) for x in (q, k, v))
-        self.B, self.L, self.T, self.S, shared = B, blocks.shape[1], T, S, H // blocks.shape[1]
-        self.shared, self.query_block = shared, query_block
-        self.x = {
-            "q": q, "k": k, "v": v, "blocks": blocks.int().contiguous(), "own": own.contiguous(),
-            "first": first.contiguous(),
-            **{f"{name}_{axis}": x.stride(i) for name, x, axes in (
-                ("q", q, "bht"), ("k", k, "bhs"), ("v", v, "bhs")
-            ) for i, axis in enumerate(axes)},
-            "span_b": T if own.shape[0] > 1 else 0, "H": H, "G": G, "L": self.L, "T": T, "S": S,
-            "number": blocks.shape[3], "scale": scale * math.log2(math.e), "factor": scale,
-            "window": min(window, S), "n_sink": min(n_sink, S),
-        }  # fmt: skip
-        self.constants = {
-            "D": d, "D_V": d_v, "WIDE": launch.power_of_2(d, 16), "WIDE_V": launch.power_of_2(d_v, 16),
-            "WINDOW": window > 0, "QUERY_BLOCK": query_block, "KEYS": key_block,
-            "PRECISION": launch.precision(),
-        }  # fmt: skip
+        self.B, self.L, self.T = q.shape[0], blocks.shape[1], q.shape[2]
+        self.shared, self.query_block = q.shape[1] // self.L, query_block
+        self.x, self.constants = shared(q, k, v, own, first, window, n_sink)
+        self.x |= {
+            "blocks": blocks.int().contiguous(), "L": self.L, "number": blocks.shape[3],
+            "scale": scale * math.log2(math.e), "factor": scale,
+        }
+        self.constants |= {"QUERY_BLOCK": query_block, "KEYS": key_block}
 
     def tile(self, rows: int) -> dict[str, int]:
         """Queries and rows of a tile of about ``rows``."""
@@ -51,11 +40,7 @@ class _Call:
         values = self.x | self.constants | more
 
         def start(tile: launch.Tile) -> None:
-            kernel.fn[(tiles, self.B * self.L)](
-                **{name: values[name] for name in kernel.fn.arg_names},
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+            kernel.start(tile, (tiles, self.B * self.L), values)
 
         key = (*self.constants.values(), values["ROWS"], launch.bucket(self.T), str(self.x["q"].dtype))
         start(launch.tuner.pick(kernel, key, self.x["q"].device, start))
@@ -86,17 +71,12 @@ def block_attention_backward(
     do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor,
     own: Tensor, first: Tensor, window: int, n_sink: int, query_block: int, key_block: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from attnzoo_kernels.attention.kernel_backward import DELTA
     from attnzoo_kernels.block_attention import kernel as kernels
 
     call = _Call(q, k, v, blocks, own, first, window, n_sink, query_block, key_block, scale)
     (B, H, T, d), (_, G, S, _), L, d_v = q.shape, k.shape, call.L, v.shape[-1]
     do, deltas = do.contiguous(), _empty(q, (B, H, T), torch.float32)
-    first_tile = DELTA.tiles[0]
-    DELTA.fn[(-(-B * H * T // first_tile.meta["BLOCK"]),)](
-        o.contiguous(), do, o if dlse is None else dlse.float().contiguous(), deltas, B * H * T, D_V=d_v,
-        WIDE_V=call.constants["WIDE_V"], LSE=dlse is not None, **first_tile.meta, num_warps=first_tile.warps,
-    )  # fmt: skip
+    row_deltas(o, do, dlse, deltas, call.constants["WIDE_V"])
     dq = _empty(q, tuple(q.shape), q.dtype)
     shared = {"do": do, "lse": lse, "deltas": deltas}
     tile = call.tile(kernels.ROWS)

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attnzoo_kernels.rows import LEAST_RECOMPUTED
 from attnzoo_kernels.span import Span
 
 GATHERED = 1 << 22  # numbers of keys that are gathered at once, per batch and list
-LEAST_RECOMPUTED = 2048  # rows from which the backward gathers again instead of keeping the keys
 
 
 def block_attention_reference(
@@ -38,7 +38,7 @@ def block_attention_reference(
         usable = ((listed[..., None] >= 0) & (cols < S)).flatten(3)
         cols = cols.flatten(3).clamp(0, S - 1)
         own, first = (_blocks(x, part, query_block) for x in (span.own, span.first))
-        seen = usable[..., None, :] & _sees(own, first, cols[..., None, :], span)
+        seen = usable[..., None, :] & span.sees(own, first, cols[..., None, :])
         here_k, here_v = (_gather(x, cols).to(dtype) for x in (keys, values))
         s = torch.einsum("blrcmd,blcnd->blcrmn", queries[:, :, :, part].to(dtype) * scale, here_k)
         hidden = ~seen[:, :, :, None]
@@ -67,13 +67,6 @@ def _padded(x: Tensor, length: int) -> Tensor:
 def _blocks(x: Tensor, part: slice, size: int) -> Tensor:
     """(B or 1, 1, c, size, 1) of (B or 1, T)."""
     return x.unflatten(1, (-1, size))[:, None, part, :, None]
-
-
-def _sees(own: Tensor, first: Tensor, j: Tensor, span: Span) -> Tensor:
-    seen = (j <= own) & (j >= first)
-    if span.window is not None:
-        seen &= (own - j < span.window) | (j - first < span.n_sink)
-    return seen
 
 
 def _gather(x: Tensor, cols: Tensor) -> Tensor:

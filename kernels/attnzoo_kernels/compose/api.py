@@ -47,13 +47,7 @@ def compose(
         ValueError: a shape, dtype or device is wrong, or impl="triton" cannot run these operands.
     """
     given = _validate(q, k, v, span, pre, post)
-    chosen = launch.choose("compose", impl, *given)
-    if chosen == "triton":
-        why = _refusal(q, pre, post)
-        if why and impl == "triton":
-            raise ValueError(f"impl: 'triton' cannot run compose: {why}; use impl='reference'")
-        chosen = "reference" if why else chosen
-    if chosen == "reference":
+    if launch.choose("compose", impl, *given, refusal=_refusal(q, pre, post)) == "reference":
         return compose_reference(q, k, v, span, pre, post, scale)
     from attnzoo_kernels.compose.ops import compose_kernels, worst
 
@@ -63,13 +57,14 @@ def compose(
 
 def _refusal(q: Tensor, pre: Mix | None, post: Mix | None) -> str | None:
     if q.shape[1] > MOST_HEADS:
-        return f"the kernels take up to {MOST_HEADS} heads, got {q.shape[1]}"
+        return f"the kernels take up to {MOST_HEADS} heads, got {q.shape[1]}; use impl='reference'"
     if q.shape[0] * q.shape[1] > launch.MOST_PROGRAMS:
-        return f"the kernels take B H up to {launch.MOST_PROGRAMS}, got {q.shape[0] * q.shape[1]}"
+        rows = q.shape[0] * q.shape[1]
+        return f"the kernels take B H up to {launch.MOST_PROGRAMS}, got {rows}; use impl='reference'"
     keys = [mix.key for mix in (pre, post) if mix is not None and mix.key is not None]
     rank = max([key.shape[1] // 2 for key in keys], default=0)
     if rank > MOST_RANK:
-        return f"the kernels take key maps up to rank {MOST_RANK}, got {rank}"
+        return f"the kernels take key maps up to rank {MOST_RANK}, got {rank}; use impl='reference'"
     return None
 
 

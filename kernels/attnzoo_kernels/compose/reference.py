@@ -6,12 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from attnzoo_kernels.rows import by_rows
 from attnzoo_kernels.span import Span
-
-ROWS = 128  # query rows whose scores exist at once, over few keys
-LEAST_RECOMPUTED = 2048  # tokens from which a chunk's scores are made again in the backward, not kept
 
 
 class Mix(NamedTuple):
@@ -75,7 +72,9 @@ def compose_reference(
     """
     (H, T), S, dtype = q.shape[1:3], k.shape[2], working(q.dtype)
 
-    def run(rows: slice, cols: slice) -> Tensor:
+    def run(rows: slice) -> tuple[Tensor]:
+        cols = slice(0, S) if torch.compiler.is_compiling() else span.cols(S, rows)
+
         def mixed(a: Tensor, mix: Mix | None) -> Tensor:
             key = None if mix is None or mix.key is None else mix.key[:, :, cols].to(dtype)
             return mix_heads(a, matrix(mix, H, dtype, rows), key)
@@ -85,15 +84,7 @@ def compose_reference(
         # Hidden scores may be NaN, which the maps' gradients would multiply by 0.
         s = mixed(s.masked_fill(hidden, 0.0), pre).masked_fill(hidden, -torch.inf)
         p = mixed(s.softmax(-1).masked_fill(hidden, 0.0), post).masked_fill(hidden, 0.0)
-        return p.to(v.dtype) @ v[:, :, cols]
+        return (p.to(v.dtype) @ v[:, :, cols],)
 
-    step = ROWS if S < LEAST_RECOMPUTED else max(16, ROWS * LEAST_RECOMPUTED // S)
-    recompute = torch.is_grad_enabled() and T >= LEAST_RECOMPUTED
-    outs = []
     with torch.autocast(q.device.type, enabled=False):
-        # The longest rows first: what they free then fits the rest, and the heap does not creep up.
-        for start in reversed(range(0, T, step)):
-            rows = slice(start, min(start + step, T))
-            cols = slice(0, S) if torch.compiler.is_compiling() else span.cols(S, rows)
-            outs.append(checkpoint(run, rows, cols, use_reentrant=False) if recompute else run(rows, cols))
-    return torch.cat(outs[::-1], dim=2)
+        return by_rows(run, T, S)[0]

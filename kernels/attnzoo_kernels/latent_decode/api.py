@@ -38,13 +38,7 @@ def latent_decode(
     """
     _validate(q, c, k_rope, span)
     given = [x for x in (q, c, k_rope) if x is not None]
-    chosen = launch.choose("latent_decode", impl, *given)
-    if chosen == "triton":
-        why = _refusal(given)
-        if why and impl == "triton":
-            raise ValueError(f"impl: 'triton' cannot run latent_decode: {why}")
-        chosen = "reference" if why else chosen
-    if chosen == "reference":
+    if launch.choose("latent_decode", impl, *given, refusal=_refusal(given)) == "reference":
         return latent_decode_reference(q, c, k_rope, span, scale)
     from attnzoo_kernels.latent_decode.ops import latent_decode_kernels, worst
 

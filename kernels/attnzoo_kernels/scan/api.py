@@ -69,7 +69,8 @@ def scan(
     double = torch.float64 in (q.dtype, k.dtype, v.dtype, initial_state is not None and initial_state.dtype)
     dtype = torch.float64 if double else torch.float32
     scale = K**-0.5 if scale is None else scale
-    if _choose(impl, form, q, k, v, g, beta, e, a, initial_state) == "triton":
+    given = (q, k, v, g, beta, e, a, initial_state)
+    if launch.choose("scan", impl, *given, refusal=_refusal(form, K)) == "triton":
         o, state = _kernels(q, k, v, g, beta, e, a, scale, initial_state, segments, chunk_size)
         return o, state if output_final_state else None
     with torch.autocast(q.device.type, enabled=False):
@@ -84,17 +85,12 @@ def scan(
     return o.to(v.dtype), state if output_final_state else None
 
 
-def _choose(impl: str, form: str, q: Tensor, *others: Tensor | None) -> str:
-    chosen, why = launch.choose("scan", impl, q, *others), None
+def _refusal(form: str, width: int) -> str | None:
     if form != "chunked":
-        why = f"the kernels run form='chunked', got {form!r}; use impl='reference'"
-    elif q.shape[-1] > LARGEST:
-        why = f"the kernels take keys up to {LARGEST} wide, got {q.shape[-1]}; use impl='reference'"
-    if chosen == "triton" and why:
-        if impl == "triton":
-            raise ValueError(f"impl: 'triton' cannot run scan: {why}")
-        return "reference"
-    return chosen
+        return f"the kernels run form='chunked', got {form!r}; use impl='reference'"
+    if width > LARGEST:
+        return f"the kernels take keys up to {LARGEST} wide, got {width}; use impl='reference'"
+    return None
 
 
 def _kernels(q, k, v, g, beta, e, a, scale, initial_state, segments, chunk_size) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,7 @@ class Driver:
         def start(tile: launch.Tile) -> None:
             chosen = meta(tile)
             axes = tuple(axis(chosen) if callable(axis) else axis for axis in grid)
-            used = {name: (values | chosen)[name] for name in kernel.fn.arg_names}
-            kernel.fn[axes](**used, num_warps=tile.warps, num_stages=tile.stages)
+            kernel.start(tile, axes, values | chosen)
 
         key = (launch.bucket(self.T), str(self.dtype), self.KP, self.VP, self.rank_one, self.diagonal)
         tile = launch.tuner.pick(kernel, key, q.device, start)

@@ -19,9 +19,8 @@ from attnzoo.ops.kept import fits, kept_attention
 from attnzoo_kernels.attention import attention as softmax_kernel
 from attnzoo_kernels.latent_decode import latent_decode
 from attnzoo_kernels.launch import choose
+from attnzoo_kernels.rows import LEAST_RECOMPUTED, chunk_rows
 
-ROWS = 128  # query rows whose scores exist at once in the reference, over few keys
-LEAST_RECOMPUTED = 2048  # tokens from which a chunk's scores are made again in the backward, not kept
 LEAST_KEPT = 64  # tokens from which keeping the weights pays on a CPU
 BAND_ROWS = 128  # query rows per call of the fused path in a window
 
@@ -340,11 +339,6 @@ def _chunked(
             extra[name].append(value)
     o = torch.cat(outs[::-1], dim=2)
     return (o, {name: torch.cat(parts[::-1], dim=2) for name, parts in extra.items()}) if also else o
-
-
-def chunk_rows(S: int) -> int:
-    """Query rows whose scores exist at once: fewer over many keys, so that their memory is bounded."""
-    return ROWS if S < LEAST_RECOMPUTED else max(16, ROWS * LEAST_RECOMPUTED // S)
 
 
 def computed_pairs(mask: Mask, T: int, impl: str) -> int:

@@ -112,12 +112,14 @@ def causal_conv(
     then ``act``."""
     n, T = taps.shape[1], z.shape[1]
     order = None if call.line.doc is None else call.line.order
-    both = call.mem.tail(slot, z, n - 1)
-    if n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton":
+    kernel = n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton"
+    # a kernel needs no zeros before the first token
+    both = z if kernel and call.mem.cache is None else call.mem.tail(slot, z, n - 1)
+    if kernel:
         fused = "silu" if act is F.silu else None
-        y = short_conv(
-            both[:, n - 1 :], taps, activation=fused, tail=both[:, : n - 1], order=order, impl="triton"
-        )
+        tail, now = both.split([both.shape[1] - T, T], dim=1)
+        tail = tail if tail.shape[1] else None
+        y = short_conv(now, taps, activation=fused, tail=tail, order=order, impl="triton")
         return y if act is None or fused else act(y)
     y = both[:, n - 1 :] * taps[:, n - 1]
     for back in range(1, n):
