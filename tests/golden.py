@@ -1,13 +1,17 @@
 """What the files of ``golden/`` say, in our words.
 
 They name options and weights as the spec of a variant does: its equations in the papers' letters, with
-matrices for ``x @ W``. `spec_options` translates options, `load_spec_weights` weights. A new variant adds to
-`WEIGHTS` a row per stage class of its own, and to `OPTIONS` a function where its options have other names.
+matrices for ``x @ W``. `spec_options` translates options, `load_spec_weights` weights. What a family of
+variants adds lies in a module of `adapters`: rows of `WEIGHTS` for its stage classes, and functions of
+`OPTIONS` where options have other names; `test_golden` reads their `VARIATIONS` and `CHECKS` as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +53,8 @@ INERT = {
 def spec_options(name: str, options: Mapping[str, Any]) -> Options:
     """Keyword arguments of ``create(name, dim, **kwargs)`` from options as the specs spell them."""
     ours = {RENAMED.get(option, option): value for option, value in options.items()}
-    if name in OPTIONS:
-        OPTIONS[name](ours)
+    if name in adapted("OPTIONS"):
+        adapted("OPTIONS")[name](ours)
     for option in INERT.keys() & ours.keys():
         value = ours.pop(option)
         assert value in INERT[option], f"{option}: {value!r} is not built"
@@ -79,6 +83,17 @@ def _linear(ours: Options) -> None:
 
 
 OPTIONS: dict[str, Callable[[Options], None]] = {"linear": _linear, "mha": _mha, "mla": _mla}
+
+
+@cache
+def adapted(table: str) -> dict[Any, Any]:
+    """A table of this module, if it has it, with those of all `adapters`."""
+    whole = dict(globals().get(table, {}))
+    for file in sorted((Path(__file__).parent / "adapters").glob("*.py")):
+        own = getattr(import_module(f"adapters.{file.stem}"), table, {})
+        assert not own.keys() & whole.keys(), f"{file.name}: {table} repeats {own.keys() & whole.keys()}"
+        whole |= own
+    return whole
 
 
 class Symbols:
@@ -203,10 +218,13 @@ def load_spec_weights(mixer: Mixer, weights: Mapping[str, Tensor]) -> Mixer:
         AssertionError: a symbol is missing or left over, a shape differs, or a parameter has no rule.
     """
     given, done = Symbols(weights), set()
-    for stage in mixer.stages():
+    # what a stage is made of comes before it
+    for stage in reversed(list(mixer.stages())):
         for name, param in stage.named_parameters():
-            rule = WEIGHTS.get(type(stage), {}).get(name)
-            assert rule is not None, f"{type(stage).__name__}.{name} has no rule in golden.WEIGHTS"
+            if param in done:  # of a stage inside this one
+                continue
+            rule = adapted("WEIGHTS").get(type(stage), {}).get(name)
+            assert rule is not None, f"{type(stage).__name__}.{name} has no rule in WEIGHTS"
             value = rule(given, stage)
             assert value.shape == param.shape, f"{name}: need {tuple(param.shape)}, got {tuple(value.shape)}"
             param.copy_(value)

@@ -9,11 +9,9 @@ import pytest
 import attnzoo
 from attnzoo.testing import PROPERTIES, Subject
 
-CASES = [
-    pytest.param(name, options, id=name + ("-small" if options else ""))
-    for name in attnzoo.list_variants()
-    for options in filter(lambda o: o is not None, ({}, attnzoo.card(name).small or None))
-]
+CASES = {
+    key: subject for name in attnzoo.list_variants() for key, subject in Subject.cases(name).items()
+}
 # compositions that must work, each with options under which its stages show
 COMPOSED = [
     ("kha", {"num_kv_heads": 2, "window": 4, "n_sink": 1, "kind": "mlp"}),
@@ -29,10 +27,10 @@ COMPOSED = [
 ]
 
 
-@pytest.mark.parametrize("name, options", CASES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prop", PROPERTIES)
-def test_variant(prop: str, name: str, options: dict) -> None:
-    PROPERTIES[prop](Subject.of(name, **options))
+def test_variant(prop: str, case: str) -> None:
+    PROPERTIES[prop](CASES[case])
 
 
 @pytest.mark.parametrize("name, options", [pytest.param(n, o, id=f"{n}-{'-'.join(o)}") for n, o in COMPOSED])

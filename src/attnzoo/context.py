@@ -19,6 +19,7 @@ class Collector:
     Attributes:
         losses: ``name -> {layer: (unweighted scalar loss, recommended weight)}``.
         stats: ``name -> {layer: detached tensor}``.
+        steps: the same, of what layers want to hear again after the optimiser's step (`Stage.on_step`).
 
     Entries are keyed, not appended, so a recomputed forward (activation checkpointing) overwrites its own.
     """
@@ -26,12 +27,16 @@ class Collector:
     def __init__(self) -> None:
         self.losses: dict[str, dict[int, tuple[Tensor, float]]] = {}
         self.stats: dict[str, dict[int, Tensor]] = {}
+        self.steps: dict[str, dict[int, Tensor]] = {}
 
     def loss(self, name: str, layer: int, value: Tensor, weight: float) -> None:
         self.losses.setdefault(name, {})[layer] = (value, weight)
 
     def stat(self, name: str, layer: int, value: Tensor) -> None:
         self.stats.setdefault(name, {})[layer] = value.detach()
+
+    def step(self, name: str, layer: int, value: Tensor) -> None:
+        self.steps.setdefault(name, {})[layer] = value.detach()
 
     def total(self, weights: Mapping[str, float] | None = None) -> Tensor:
         """Sum over loss names of ``weight * mean over layers``.

@@ -14,10 +14,16 @@ from typing import Any, Literal
 
 from attnzoo import options as opts
 from attnzoo.attention.base import Mixer, Site
-from attnzoo.attention.draft import Draft, Frame, RecurrentFrame, ScoreFrame
+from attnzoo.attention.draft import Draft, Frame, OwnFrame, RecurrentFrame, ScoreFrame
+from attnzoo.attention.own import AsIs
 
 TRAITS = ("causal", "prefix_consistent", "row_independent", "decodes", "packs", "trains")
-FRAMES: dict[str, type[Frame]] = {"score": ScoreFrame, "recurrent": RecurrentFrame}
+FRAMES: dict[str, type[Frame]] = {
+    "score": ScoreFrame,
+    "recurrent": RecurrentFrame,
+    "own": OwnFrame,
+}
+Choose = Callable[..., str]  # choose(site, **options of the variant) -> frame
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Card:
         claims: headline claims of the paper with their conditions.
         small: options under which the mechanism shows at some twenty tokens; the property suite uses them
             too.
+        layers: how many layers show the mechanism, where it spans several; the property suite tests a stack.
         no_grad: parameters without gradient -> reason.
         defaults: every option with its default; filled in by `register`.
     """
@@ -45,6 +52,7 @@ class Card:
     traits: Mapping[str, bool] = field(default_factory=dict)
     claims: tuple[str, ...] = ()
     small: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = 1
     no_grad: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,7 +60,7 @@ class Card:
 @dataclass(frozen=True)
 class Entry:
     """A registered variant: its card, its change of a draft, and the frames the change fits (its own
-    first).
+    first, unless ``choose`` says which by layer and options).
     """
 
     card: Card
@@ -60,6 +68,11 @@ class Entry:
     frames: tuple[str, ...]
     host: Mapping[str, Any]
     fixed: Mapping[str, str]
+    choose: Choose | None = None
+
+    def own_frames(self) -> tuple[str, ...]:
+        """The frames that it can have when it is created by its name."""
+        return self.frames if self.choose else self.frames[:1]
 
 
 _entries: dict[str, Entry] = {}
@@ -71,14 +84,16 @@ def register(
     frames: tuple[str, ...] = ("score",),
     host: Mapping[str, Any] | None = None,
     fixed: Mapping[str, str] | None = None,
+    choose: Choose | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a variant: a function that edits a `Draft`, its keyword-only parameters being the options.
 
     Args:
         card: its description; ``defaults`` are read from the signature.
-        frames: frames that the change fits: "score", "recurrent"; the first is the variant's own.
+        frames: frames that the change fits: "score", "recurrent", "own"; the first is the variant's own.
         host: options of the frame that the variant presets, e.g. ``{"num_kv_heads": 1}``.
         fixed: options of the frame that make no sense here -> reason.
+        choose: ``choose(site, **options)`` -> frame, for a variant whose layers or options differ in it.
 
     Raises:
         ValueError: the name is taken, or a trait or option is unknown.
@@ -87,10 +102,11 @@ def register(
     for trait in card.traits:
         if trait not in TRAITS:
             raise opts.unknown("traits", trait, TRAITS, card.name)
-    frame = _host_options(frames[0])
+    own = frames if choose else frames[:1]
+    frame = {name: p for f in reversed(own) for name, p in _host_options(f).items()}
     for name in (*host, *fixed):
         if name not in frame:
-            raise opts.unknown("option", name, frame, f"frame {frames[0]}")
+            raise opts.unknown("option", name, frame, f"frame {' or '.join(own)}")
 
     def add(change: Callable[..., None]) -> Callable[..., None]:
         known = _entries.get(card.name)
@@ -102,7 +118,7 @@ def register(
             n: p.default for n, p in (frame | opts.keyword_options(change)).items() if n not in fixed
         } | {n: v for n, v in host.items() if n not in fixed}
         full = replace(card, traits=dict.fromkeys(TRAITS, True) | dict(card.traits), defaults=defaults)
-        _entries[card.name] = Entry(full, change, frames, host, fixed)
+        _entries[card.name] = Entry(full, change, frames, host, fixed, choose)
         return change
 
     return add
@@ -120,21 +136,30 @@ def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
     Raises:
         ValueError: unknown name or option, a value out of its range, or a combination that makes no sense.
     """
-    entry = _entry(name)
+    return build(name, dim, num_heads, options, {})
+
+
+def build(
+    name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank: dict[str, Any]
+) -> Mixer:
+    """`create`, for a layer of a model whose layers share the modules in ``bank``."""
+    entry, options = _entry(name), dict(options)
     _check_size("dim", dim)
     _check_size("num_heads", num_heads)
-    adds = _added(name, options.pop("add", ()), entry.frames[0])
-    chosen = _sort_options(name, entry, adds, options)
+    title = _frame_of(entry, options, bank)
+    frame = FRAMES[title]
+    adds = _added(name, options.pop("add", ()), title)
+    chosen = _sort_options(name, entry, adds, options, title)
     host = chosen.pop("")
-    site = Site(host["layer_idx"], host["num_layers"], host["max_seq_len"])
-    frame = FRAMES[entry.frames[0]]
+    site = Site(host["layer_idx"], host["num_layers"], host["max_seq_len"], bank=bank)
     draft = Draft(frame, site, dim, num_heads, host=host, current=name)
     frame.begin(draft, **{k: host[k] for k in opts.keyword_options(frame.begin)})
     for member in (entry, *adds):
         draft.current = member.card.name
         member.change(draft, **chosen[member.card.name])
     mixer = frame.finish(draft)
-    mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, site
+    mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, draft.site
+    mixer.gives, mixer.needs = draft.gives, draft.needs
     mixer.options = (
         {"add": tuple(e.card.name for e in adds)}
         | host
@@ -144,6 +169,37 @@ def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
             for k, v in values.items()
         }
     )
+    return mixer
+
+
+def branch(
+    draft: Draft, frame: str, change: Callable[[Draft], None], num_heads: int | None = None, **host: Any
+) -> Mixer:
+    """A mixer inside a mixer, without output projection, for `attnzoo.attention.own.Parallel`.
+
+    Args:
+        draft: of the mixer around it. change: edits the branch's draft. num_heads: default the draft's.
+        host: options of the branch's frame, whose defaults hold otherwise.
+    """
+    options = {k: p.default for k, p in _host_options(frame).items()}
+    shared = {k: v for k, v in draft.host.items() if k in opts.keyword_options(_common)}
+    options |= shared | host
+    inner = Draft(
+        FRAMES[frame],
+        draft.site,
+        draft.dim,
+        num_heads or draft.num_heads,
+        host=options,
+        current=draft.current,
+    )
+    FRAMES[frame].begin(inner, **{k: options[k] for k in opts.keyword_options(FRAMES[frame].begin)})
+    change(inner)
+    inner.put("out", AsIs())
+    mixer = FRAMES[frame].finish(inner)
+    mixer.name, mixer.dim, mixer.num_heads = draft.current, draft.dim, inner.num_heads
+    mixer.site, mixer.options = draft.site, options
+    draft.gives |= inner.gives
+    draft.needs |= inner.needs
     return mixer
 
 
@@ -168,7 +224,9 @@ def equations(name: str) -> str:
 def legal_options(name: str, add: tuple[str, ...] = ()) -> set[str]:
     """Names of the options that `create` takes for ``name``."""
     entries = [_entry(n) for n in (name, *add)]
-    return {"add", *entries[0].card.defaults, *(o for e in entries for o in opts.keyword_options(e.change))}
+    frames = entries[0].own_frames()
+    host = {o for f in frames for o in _host_options(f)} - entries[0].fixed.keys()
+    return {"add", *host, *entries[0].card.defaults, *(o for e in entries for o in opts.keyword_options(e.change))}
 
 
 def _common(
@@ -179,6 +237,22 @@ def _common(
     max_seq_len: int = 2048,
 ) -> None:
     """Options of every mixer; only their signature is used."""
+
+
+def _frame_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) -> str:
+    """The frame of a variant at its layer, under its own options."""
+    if entry.choose is None:
+        return entry.frames[0]
+    place = {
+        k: opts.check(k, options.get(k, p.default), p.annotation)
+        for k, p in opts.keyword_options(_common).items()
+    }
+    own = {
+        k: opts.check(k, options.get(k, p.default), p.annotation)
+        for k, p in opts.keyword_options(entry.change).items()
+    }
+    site = Site(place["layer_idx"], place["num_layers"], place["max_seq_len"], bank=bank)
+    return entry.choose(site, **own)
 
 
 @cache
@@ -192,6 +266,7 @@ def _check_size(field: str, value: int) -> None:
 
 
 def _added(name: str, add: Any, frame: str) -> list[Entry]:
+    """The entries of ``add``, whose changes the frame must have a place for."""
     names = [add] if isinstance(add, str) else list(add or ())
     entries = []
     for other in names:
@@ -208,15 +283,22 @@ def _added(name: str, add: Any, frame: str) -> list[Entry]:
 
 
 def _sort_options(
-    name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any]
+    name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any], frame: str
 ) -> dict[str, dict[str, Any]]:
-    """Checked options per member of the composition, defaults filled in; the frame's under ``""``."""
+    """Checked options per member of the composition, defaults filled in; the frame's under ``""``.
+
+    Options of another frame that the variant has in other layers are left to those.
+    """
     members = {e.card.name: opts.keyword_options(e.change) for e in (entry, *adds)}
-    tables = {"": _host_options(entry.frames[0]), **members}
+    tables = {"": _host_options(frame), **members}
+    elsewhere = {o for f in entry.own_frames() for o in _host_options(f)} - set().union(*tables.values())
+    options = {k: v for k, v in options.items() if k not in elsewhere}
     chosen = {member: {k: p.default for k, p in table.items()} for member, table in tables.items()}
     set_by: dict[str, str] = {}
     for e in (entry, *adds):
         for option, value in e.host.items():
+            if option not in tables[""]:
+                continue
             against = next((o for o in (entry, *adds) if option in o.fixed and o is not e), None)
             if against:
                 raise ValueError(

@@ -86,11 +86,11 @@ def by_pairs(operands: list, span: Span, scale: float) -> Tensor:
         out = a.clone()
         if static is not None:
             out += a @ static
-        for rows in ([] if query is None else [query[b, :, t]]) + ([] if key is None else [key[b, :, j]]):
-            rank = len(rows) // 2
+        for maps in ([] if query is None else [query[b, :, t]]) + ([] if key is None else [key[b, :, j]]):
+            rank = len(maps) // 2
             for i in range(rank):
-                out += (a @ rows[i]) * rows[rank + i]
-            out += a * rows[-1]
+                out += (a @ maps[i]) * maps[rank + i]
+            out += a * maps[-1]
         return out
 
     for b in range(B):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,22 @@ class Plain:
     """The default weight provider: one `nn.Linear` per name."""
 
     def linear(
-        self, name: str, d_in: int, d_out: int, bias: bool = False, std: float = INIT_STD
-    ) -> nn.Linear:
-        """A linear map, weights N(0, std²), zero bias; ``name`` says which matrix of the layer it is."""
+        self,
+        name: str,
+        d_in: int,
+        d_out: int,
+        bias: bool = False,
+        std: float = INIT_STD,
+        parts: Sequence[int] | None = None,
+    ) -> nn.Module:
+        """A linear map, weights N(0, std²), zero bias.
+
+        Args:
+            name: which matrix of the layer it is.
+            parts: widths of the matrices that lie side by side in it (default: it is one); a provider that
+                shares or makes weights may treat each on its own. What it returns may have
+                ``weight_flops()``, the FLOPs of making the weights once per forward.
+        """
         layer = nn.Linear(d_in, d_out, bias=bias)
         nn.init.normal_(layer.weight, std=std)
         if bias:
@@ -33,12 +46,25 @@ class Plain:
 
 
 class Site(NamedTuple):
-    """Where a mixer stands: ``layer`` of ``depth``, the longest sequence, who makes its weights."""
+    """Where a mixer stands: ``layer`` of ``depth``, the longest sequence, who makes its weights, and the
+    modules that the layers of its model share.
+    """
 
     layer: int = 0
     depth: int = 1
     max_len: int = 2048
     weights: Plain = Plain()
+    bank: dict[str, nn.Module] | None = None
+
+    def shared(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """The module that all layers of the model know by ``name``, made by the first that asks.
+
+        Register it on a stage: each layer then has it among its parameters, a model counts it once.
+        """
+        bank = {} if self.bank is None else self.bank
+        if name not in bank:
+            bank[name] = make()
+        return bank[name]
 
     @property
     def out_std(self) -> float:
@@ -72,6 +98,7 @@ class Call:
             dict.
         impl: what ops beside scores are asked for: "auto", "reference" or "triton".
         raw: q, k, v before position, once the projection has run.
+        notes: what a stage hands to a later one of the same forward, by name.
     """
 
     def __init__(
@@ -83,6 +110,7 @@ class Call:
         self.x = line.compact(x) if own else x
         self.mem = Memory(line, cache)
         self.raw: Raw | None = None
+        self.notes: dict[str, Any] = {}
 
     @property
     def residual(self) -> Tensor:
@@ -110,6 +138,11 @@ class Call:
             per_token = value.shape[:2] == self.x.shape[:2]
             self.ctx.collector.stat(name, self.site.layer, self.line.restore(value) if per_token else value)
 
+    def step(self, name: str, value: Tensor) -> None:
+        """Reports a statistic of this forward that `Stage.on_step` gets after the optimiser's step."""
+        if self.ctx.collector is not None:
+            self.ctx.collector.step(name, self.site.layer, value)
+
     def mean_over_tokens(self, z: Tensor) -> Tensor:
         """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding."""
         valid = self.line.valid
@@ -122,10 +155,24 @@ class Call:
 class Stage(nn.Module):
     """One step of a mixer. It does one thing and knows no other stage.
 
-    ``rank`` sorts the stages of a chain (refine, combine); `score` lists the usual numbers.
+    ``rank`` sorts the stages of a chain (refine, combine, after); `score` lists the usual numbers. ``exact``
+    is False where `work` bounds a count that depends on the data.
     """
 
     rank = 0
+    exact = True
+
+    def members(self) -> Iterable[Stage]:
+        """The stages it is made of, itself included."""
+        return (self,)
+
+    def on_step(self, step: int, stats: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        """Runs once after every optimiser step, never in a forward: what changes outside the gradient.
+
+        Args:
+            step: optimiser steps done. stats: what the layer reported by `Call.step`, averaged over
+                micro-batches and ranks. generator: the same draws on every rank.
+        """
 
     def memory(self) -> dict[str, Slot]:
         """What the stage keeps across calls, by slot name."""
@@ -166,6 +213,9 @@ class Mixer(nn.Module):
         name: registry name; ``options``: all options it was made with; ``dim``, ``num_heads``; ``site``.
         choices: the implementation and its reason by device type; ``impl``, ``impl_reason``: those of the
             device that the parameters are on.
+        gives, needs: what it leaves in `Context.shared` for later layers and reads there from earlier ones,
+            each with what both sides must agree on.
+        after: stages on the output, each called as ``stage(y, call)``.
     """
 
     name: str = ""
@@ -174,6 +224,12 @@ class Mixer(nn.Module):
     num_heads: int
     site: Site
     choices: Choices = same("reference", "the only implementation")
+    gives: Mapping[str, object] = {}
+    needs: Mapping[str, object] = {}
+
+    def __init__(self, after: Iterable[Stage] = ()) -> None:
+        super().__init__()
+        self.after = nn.ModuleList(sorted(after, key=lambda s: s.rank))
 
     def chosen(self, device: torch.device) -> Choice:
         """The implementation that runs on ``device``."""
@@ -211,6 +267,8 @@ class Mixer(nn.Module):
         impl = asked if asked in ("reference", "triton") else "auto"
         call = Call(self.site, x, ctx, line, cache, impl)
         y = self.out(self.heads(call), call)
+        for stage in self.after:
+            y = stage(y, call)
         if ctx.timeline is None:
             line.advance()
             y = line.restore(y)
@@ -220,16 +278,28 @@ class Mixer(nn.Module):
         """Per-head outputs before the output projection; ``(B, T, H, d_v)``."""
         raise NotImplementedError
 
-    def stages(self) -> Iterable[Stage]:
-        """The stages in order."""
-        return (m for m in self.children() if isinstance(m, Stage))
+    def stages(self) -> Iterator[Stage]:
+        """The stages in order, with those that stages are made of."""
+        for stage in (*self.chain(), *self.after):
+            yield from stage.members()
+
+    def chain(self) -> Iterable[Stage]:
+        """The stages up to the output projection."""
+        raise NotImplementedError
 
     def memory(self) -> dict[str, Slot]:
         """The slots of all stages."""
         slots: dict[str, Slot] = {}
         for stage in self.stages():
-            slots |= stage.memory()
+            own = stage.memory()
+            assert not own.keys() & slots.keys(), f"two stages keep {sorted(own.keys() & slots.keys())}"
+            slots |= own
         return slots
+
+    def on_step(self, step: int, stats: Mapping[str, Tensor], generator: torch.Generator) -> None:
+        """See `Stage.on_step`."""
+        for stage in self.stages():
+            stage.on_step(step, stats, generator)
 
     def retain(self) -> Retain | None:
         """What the mask can still need of the past; None = everything."""
@@ -274,19 +344,22 @@ class Mixer(nn.Module):
         elementwise = {k: v for stage in stages for k, v in stage.elementwise().items()}
         slots, retain = self.memory(), self.retain()
         state_size = 8 if next(self.parameters()).dtype == torch.float64 else 4
-        grows = sum(s.size for s in slots.values() if s.kind == "rows")
+        rows = sum(s.size for s in slots.values() if s.kind == "rows") * dtype.itemsize
+        grows = sum(s.size * s.item(dtype, state_size) / s.per for s in slots.values() if s.kind == "blocks")
         fixed = sum(
-            s.size * (state_size if s.kind == "state" else dtype.itemsize)
-            for s in slots.values()
-            if s.kind != "rows"
+            s.size * s.item(dtype, state_size) for s in slots.values() if s.kind not in ("rows", "blocks")
         )
-        if retain is not None:
-            fixed, grows = fixed + grows * retain.size * dtype.itemsize, 0
+        if retain is None:
+            grows += rows
+        else:
+            fixed += rows * retain.size
         return Cost(
             params=sum(p.numel() for p in self.parameters()),
-            cache_bytes_per_token=grows * dtype.itemsize,
+            cache_bytes_per_token=grows,
             state_bytes=fixed,
             elementwise=elementwise,
+            weight_flops=sum(m.weight_flops() for m in self.modules() if hasattr(m, "weight_flops")),
+            exact=all(s.exact for s in stages),
             **tally(work, seq_len, math.prod(s.active() for s in stages)),
         )
 

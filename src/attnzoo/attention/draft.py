@@ -10,6 +10,7 @@ import torch
 
 from attnzoo.attention.base import Mixer, Site, Stage
 from attnzoo.attention.implementation import choose_scan, choose_score
+from attnzoo.attention.own import OwnAttention
 from attnzoo.attention.recurrent import NoGates, RecurrentAttention, Scan
 from attnzoo.attention.score import ScoreAttention, Single
 from attnzoo.attention.stages.combine import Gate
@@ -19,7 +20,7 @@ from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.stages.refine import QKNorm
 
-CHAINS = ("refine", "combine")
+CHAINS = ("refine", "combine", "after")
 IMPLS = ("auto", "reference", "sdpa", "flex", "triton", "xformers")
 
 
@@ -29,13 +30,17 @@ class Draft:
 
     Attributes:
         site, dim, num_heads, num_kv_heads: H query heads, G key/value heads.
+        num_v_heads: value heads where there are not G of them (0 = as many as come out, at least G).
+        score_heads: heads that have scores, where there are not H of them (0 = H).
         head_dim: width of the content part of a q/k head; v_head_dim: of a v head; rotary: extra rotary
             width.
         scale: score scale (default 1/sqrt of the q/k width); host: the frame's options.
-        o_heads: heads that come out of the mixing (value heads where they outnumber the query heads).
+        o_heads: heads that reach the output projection (value heads where they outnumber the query heads).
         project_width: q/k width out of the projection where a feature map changes it (0 = head_dim).
         qk_width: width of a whole q/k head.
         hooks: what variants do once all of them have spoken: stages that need the final shapes, checks.
+        gives, needs: see `Mixer`.
+        borrows: keys and values are another layer's; refine stages change queries only.
     """
 
     frame: type[Frame]
@@ -54,6 +59,11 @@ class Draft:
     hooks: list[tuple[str, Callable[[Draft], None]]] = field(default_factory=list)
     o_heads: int = 0
     project_width: int = 0
+    num_v_heads: int = 0
+    score_heads: int = 0
+    gives: dict[str, object] = field(default_factory=dict)
+    needs: dict[str, object] = field(default_factory=dict)
+    borrows: bool = False
 
     @property
     def qk_width(self) -> int:
@@ -61,7 +71,8 @@ class Draft:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(heads, width) of q, k and v as refine stages see them."""
-        v_heads = max(self.num_kv_heads, self.o_heads) if self.o_heads > self.num_heads else self.num_kv_heads
+        more = self.o_heads > self.num_heads
+        v_heads = self.num_v_heads or (max(self.num_kv_heads, self.o_heads) if more else self.num_kv_heads)
         return {
             "q": (self.num_heads, self.head_dim),
             "k": (self.num_kv_heads, self.head_dim),
@@ -143,7 +154,9 @@ class ScoreFrame(Frame):
     """`ScoreAttention`: softmax over dot products, RoPE, a causal mask, unless a variant says otherwise."""
 
     title = "ScoreAttention"
-    slots = ("project", "refine", "position", "score", "mask", "normalise", "read", "combine", "out")
+    slots = (
+        "project", "refine", "position", "score", "mask", "normalise", "read", "combine", "out", "after"
+    )  # fmt: skip
 
     @staticmethod
     def begin(
@@ -174,16 +187,26 @@ class ScoreFrame(Frame):
         project = draft.fill(
             "project",
             lambda: QKV(
-                site, draft.dim, H, draft.num_kv_heads, draft.head_dim, draft.v_head_dim, host["qkv_bias"]
+                site,
+                draft.dim,
+                H,
+                draft.num_kv_heads,
+                draft.head_dim,
+                draft.v_head_dim,
+                host["qkv_bias"],
+                num_v_heads=draft.shapes()["v"][0],
             ),
         )
         if host["qk_norm"]:
-            draft.slots["refine"].append(QKNorm(draft.head_dim, host["norm_eps"]))
+            sides = "q" if draft.borrows else "qk"
+            draft.slots["refine"].append(QKNorm(draft.head_dim, host["norm_eps"], sides))
         add_gate(draft)
         slots = draft.slots
         draft.fill("mask", lambda: Static(band(host["window"], host["n_sink"])))
         draft.fill("read", Single)
-        draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
+        draft.fill(
+            "out", lambda: LinearOut(site, draft.o_heads, draft.v_head_dim, draft.dim, host["out_bias"])
+        )
         mixer = ScoreAttention(
             project=project,
             refine=slots["refine"],
@@ -194,8 +217,9 @@ class ScoreFrame(Frame):
             read=slots["read"],
             combine=slots["combine"],
             out=slots["out"],
+            after=slots["after"],
             scale=draft.scale or draft.qk_width**-0.5,
-            head_widths=(draft.qk_width, draft.v_head_dim),
+            sizes=(draft.score_heads or H, draft.qk_width, draft.v_head_dim),
         )
         own = {name: slots[name] for name in ("score", "normalise") if name in slots}
         between = [type(stage).__name__ for stage in (*slots["refine"], *own.values())]
@@ -207,7 +231,7 @@ class RecurrentFrame(Frame):
     """`RecurrentAttention` without gates, positions or output stages unless a variant says otherwise."""
 
     title = "RecurrentAttention"
-    slots = ("project", "refine", "position", "gates", "scan", "combine", "out")
+    slots = ("project", "refine", "position", "gates", "scan", "combine", "out", "after")
 
     @staticmethod
     def begin(
@@ -256,6 +280,36 @@ class RecurrentFrame(Frame):
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
         mixer.choices = choose_scan(host["impl"], draft.head_dim)
+        return mixer
+
+
+class OwnFrame(Frame):
+    """`OwnAttention`: another architecture as one stage ``core``; the rest as in the other frames."""
+
+    title = "OwnAttention"
+    slots = ("core", "combine", "out", "after")
+
+    @staticmethod
+    def begin(
+        draft: Draft,
+        *,
+        output_gate: Literal["none", "headwise", "elementwise"] = "none",
+        out_bias: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        set_heads(draft, None, None)
+
+    @staticmethod
+    def finish(draft: Draft) -> Mixer:
+        draft.settle()
+        host, slots = draft.host, draft.slots
+        add_gate(draft)
+        draft.fill(
+            "out",
+            lambda: LinearOut(draft.site, draft.o_heads, draft.v_head_dim, draft.dim, host["out_bias"]),
+        )
+        mixer = OwnAttention(**{name: slots[name] for name in OwnFrame.slots})
+        mixer.choices = slots["core"].choose(host["impl"])
         return mixer
 
 

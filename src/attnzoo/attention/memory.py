@@ -19,17 +19,25 @@ class Slot(NamedTuple):
     """One declared piece of memory, per batch row.
 
     Args:
-        kind: "rows" (one per token, or a ring of them), "tail" (the last tokens' values) or "state".
-        shape: rows ``(heads, width)``; tail ``(tokens, channels)``; state any. States are kept in fp32 or
-            fp64.
+        kind: "rows" (one per token, or a ring of them), "blocks" (one per ``per`` tokens of a document, once
+            they are complete), "tail" (the last tokens' values) or "state".
+        shape: rows and blocks ``(heads, width)``; tail ``(tokens, channels)``; state any.
+        per: tokens per block.
+        wide: blocks that are states: kept, as states are, in fp32 or fp64.
     """
 
     kind: str
     shape: tuple[int, ...]
+    per: int = 1
+    wide: bool = False
 
     @property
     def size(self) -> int:
         return int(torch.Size(self.shape).numel())
+
+    def item(self, dtype: torch.dtype, state_size: int) -> int:
+        """Bytes of one number, of a cache of ``dtype`` whose states take ``state_size``."""
+        return state_size if self.kind == "state" or self.wide else dtype.itemsize
 
 
 class Retain(NamedTuple):
@@ -51,20 +59,18 @@ class Cache:
         slots: tensors by slot name, batch first.
         clock: how far its rows have come.
         retain: set where rows are rings.
+        batch: rows of the batch.
     """
 
     slots: dict[str, Tensor]
     clock: Clock
     retain: Retain | None = None
+    batch: int = 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of what the method stores; the clock (a few integers per row) is not counted."""
         return sum(t.numel() * t.element_size() for t in self.slots.values())
-
-    @property
-    def batch(self) -> int:
-        return next(iter(self.slots.values())).shape[0]
 
     @property
     def length(self) -> int:
@@ -91,12 +97,15 @@ def build_cache(
     tensors = {}
     for name, slot in slots.items():
         shape = (slot.shape[0], room, slot.shape[1]) if slot.kind == "rows" else slot.shape
-        kind_dtype = state_dtype if slot.kind == "state" else dtype
+        if slot.kind == "blocks":
+            shape = (-(-max_len * slot.size // slot.per),)  # the last block may not get complete
+        kind_dtype = state_dtype if slot.kind == "state" or slot.wide else dtype
         tensors[name] = torch.zeros(batch, *shape, dtype=kind_dtype, device=device)
     clock = clock or Clock()
-    if retain is None and any(slot.kind == "rows" for slot in slots.values()):
+    grow = {"blocks"} if retain else {"rows", "blocks"}
+    if any(slot.kind in grow for slot in slots.values()):
         clock.room = max_len
-    return Cache(tensors, clock, retain)
+    return Cache(tensors, clock, retain, batch)
 
 
 class Memory:
@@ -130,9 +139,9 @@ class Memory:
         """Appends ``new`` ``(B, heads, T, d)``; returns all keys so far ``(B, heads, S, d)``, aligned with
         `axis`.
         """
-        if self.cache is None:
-            return new
-        old = self.cache.slots[name]
+        return new if self.cache is None else self._append(self.cache.slots[name], new)
+
+    def _append(self, old: Tensor, new: Tensor) -> Tensor:
         stored = new.to(old.dtype)
         if self.ring:
             return self._ring_rows(old, stored).to(new.dtype)
@@ -143,6 +152,64 @@ class Memory:
         else:
             self._put_run(old, stored)
         return old[:, :, : self.line.high].to(new.dtype)
+
+    def places(self) -> Tensor:
+        """``(B or 1, S)`` positions of the keys that `rows` returns, for what turns keys at read.
+
+        They are kept beside the clock, once for all layers, and not counted as cache.
+        """
+        if self.cache is None:
+            return self.line.pos
+        return self.line.once(("places", self.cache.retain), self._places)
+
+    def _places(self) -> Tensor:
+        clock, retain, device = self.line.clock, self.cache.retain, self.line.pos.device
+        room = retain.size if retain else clock.room
+        if retain not in clock.places:
+            clock.places[retain] = torch.zeros(
+                self.cache.batch, 1, room, 1, dtype=torch.float64, device=device
+            )
+        new = self.line.pos.double().expand(self.cache.batch, -1)
+        return self._append(clock.places[retain], new[:, None, :, None])[:, 0, :, 0]
+
+    def blocks(self, name: str, new: Tensor, per: int) -> Tensor:
+        """Summaries of blocks of ``per`` tokens, counted inside the document.
+
+        Args:
+            new: ``(B, heads, T, d)``, at each token the summary of its block up to it. Where a block ends, it
+                is kept.
+
+        Returns:
+            ``(B, heads, N + T, d)``: the cached blocks, then ``new``; aligned with `block_axis`.
+        """
+        if self.cache is None:
+            return new
+        line, (B, heads, T, d) = self.line, new.shape
+        room = line.clock.room // per
+        old = self.cache.slots[name][:, : heads * room * d].view(B, heads, room, d)
+        if not line.clock.ragged:
+            both = torch.cat([old[:, :, : line.past // per].to(new.dtype), new], dim=2)
+            old[:, :, line.past // per : (line.past + T) // per] = new[:, :, per - 1 - line.past % per :: per]
+            return both
+        both = torch.cat([old.to(new.dtype), new], dim=2)
+        ends = torch.arange(room, device=new.device)[None] * per + per - 1
+        place, fresh = self._places_of(ends)
+        old.copy_(_pick(fresh, place, new.to(old.dtype), old))
+        return both
+
+    def block_axis(self, per: int) -> Axis:
+        """The key axis of `blocks`: a block stands where its last token does."""
+        line = self.line
+        if self.cache is None:
+            return Axis(line.order, line.doc, ("blocks", per))
+        room = line.clock.room // per if line.clock.ragged else line.past // per
+        ends = torch.arange(room, device=line.order.device)[None] * per + per - 1
+        if not line.clock.ragged:
+            return Axis(torch.cat([ends, line.order], dim=1), None, ("blocks", per))
+        batch, seen = line.order.shape[0], (line.clock.used - line.clock.start)[:, None]
+        doc = torch.where(ends < seen, 0, -1)
+        order = torch.cat([ends.expand(batch, -1), line.order], dim=1)
+        return Axis(order, torch.cat([doc, line.doc], dim=1), ("blocks", per))
 
     def tail(self, name: str, z: Tensor, n: int) -> Tensor:
         """``z`` ``(B, T, C)`` preceded by the ``n`` tokens before it (zeros without a cache): ``(B, n + T,
@@ -223,6 +290,14 @@ class Memory:
             return old
         keys = new if self._starts else torch.cat([old, new], dim=2)
         target = self._ring_axis(after=True)
+        place, fresh = self._places_of(target.order)
+        fresh = fresh & (target.doc >= 0)
+        old.copy_(_pick(fresh.expand(old.shape[0], -1), place.expand(old.shape[0], -1), new, old))
+        return keys
+
+    def _places_of(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of this forward's tokens stand at ``order`` in the row's last document, if any do."""
+        line = self.line
         last = line.count()[:, None] - 1 if line.valid is not None else line.length - 1
         if line.doc is None:
             newest = line.order[:, -1:]
@@ -230,11 +305,9 @@ class Memory:
             newest = line.order.gather(
                 1, (last if isinstance(last, Tensor) else line.doc * 0 + last)[:, :1].clamp(min=0)
             )
-        place = target.order - newest + last
+        place = order - newest + last
         run_start = 0 if line.doc is None else (last - newest).clamp(min=0)
-        fresh = (place >= run_start) & (place <= last) & (target.doc >= 0)
-        old.copy_(_pick(fresh.expand(old.shape[0], -1), place.expand(old.shape[0], -1), new, old))
-        return keys
+        return place, (place >= run_start) & (place <= last)
 
 
 def _pick(fresh: Tensor, place: Tensor, new: Tensor, old: Tensor) -> Tensor:

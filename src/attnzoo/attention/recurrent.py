@@ -1,4 +1,4 @@
-"""RecurrentAttention: project -> refine -> position -> gates -> scan -> combine -> out.
+"""RecurrentAttention: project -> refine -> position -> gates -> scan -> combine -> out -> after.
 
 The same project, refine, position, combine and out stages as `ScoreAttention`; the middle is a state
 recurrence. Ranks as there; combine 10 is the denominator, where a variant has one.
@@ -82,7 +82,7 @@ class Scan(Stage):
 
 class RecurrentAttention(Mixer):
     """Attention by a recurrent state; see the module. Slots: project, refine, position, gates, scan,
-    combine, out.
+    combine, out, after.
     """
 
     def __init__(
@@ -95,8 +95,9 @@ class RecurrentAttention(Mixer):
         scan: Stage,
         combine: list[Stage],
         out: Stage,
+        after: list[Stage],
     ) -> None:
-        super().__init__()
+        super().__init__(after)
         self.project, self.position, self.gates, self.scan, self.out = project, position, gates, scan, out
         self.refine = nn.ModuleList(sorted(refine, key=lambda s: s.rank))
         self.combine = nn.ModuleList(sorted(combine, key=lambda s: s.rank))
@@ -112,7 +113,7 @@ class RecurrentAttention(Mixer):
         o = self.scan(_without_padding(terms, call), call)
         return combined(self.combine, o, call)
 
-    def stages(self) -> Iterable[Stage]:
+    def chain(self) -> Iterable[Stage]:
         return (self.project, *self.refine, self.position, self.gates, self.scan, *self.combine, self.out)
 
 

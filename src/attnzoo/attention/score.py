@@ -1,4 +1,4 @@
-"""ScoreAttention: project -> refine -> position -> score -> mask -> normalise -> combine -> out.
+"""ScoreAttention: project, refine, position, score, mask, normalise, read, combine, out, after: in this order.
 
 The frame owns the plumbing (cache, documents, masks, choice of implementation); a variant is the stages it
 changes.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Call, Mixer, Raw, Stage
 from attnzoo.attention.memory import Retain
 from attnzoo.attention.stages.combine import combined
+from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 
@@ -25,21 +26,36 @@ class Early:
 
     late = False
 
+    def maps(self) -> tuple[Tensor | None, Tensor | None]:
+        """``(H,)`` which key and which value head each query head reads; None = consecutive groups."""
+        return None, None
+
 
 class Late:
     """Marks projections that cache something smaller and make k and v from it.
 
-    ``rows(x, call) -> (q, q_rot, {name: row})``; ``keys(rows, call) -> (k, v)``. Rows named in ``turned``
-    are rotated before the cache and appended to k (and ``q_rot`` to q) after refinement, so that refine maps
-    touch content only. ``absorbed(q, q_rot, rows) -> (q, Keys, finish)`` reads the rows as they are;
-    ``absorbs(T, S)`` says when that is cheaper.
+    ``rows(x, call) -> (q, q_rot, {name: row})``; ``keys(rows, call) -> (k, v)``. Keys are rotated at read,
+    at the positions that the frame keeps, unless ``keys_turned``. Rows named in ``turned`` are rotated before
+    the cache instead and appended to k (and ``q_rot`` to q) by ``join`` after refinement, so that refine maps
+    touch content only. ``absorbed(q, q_rot, rows, turn) -> (q, Keys, finish)`` reads the rows as they are, q
+    turned where nothing is in ``turned``; ``turn(k)`` rotates a key at its place. ``absorbs(T, S)`` says when
+    that is cheaper.
     """
 
     late = True
     turned: tuple[str, ...] = ()
+    keys_turned = False
+
+    def maps(self) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
 
     def absorbs(self, new: int, keys: int) -> bool:
         return False
+
+    def cached(self, rows: dict[str, Tensor], call: Call) -> tuple[dict[str, Tensor], Axis, bool]:
+        """All rows so far, with their axis and whether the last of them are this forward's tokens."""
+        rows = {name: call.mem.rows(name, row) for name, row in rows.items()}
+        return rows, call.mem.axis(), call.mem.aligned
 
 
 class ScoreStage(Stage):
@@ -62,7 +78,13 @@ class ScoreStage(Stage):
 
 
 class Single(Stage):
-    """Read stage: one joint read of all keys."""
+    """Read stage: one joint read of all keys.
+
+    A read that does other work than one dot product and one weighted sum per visible pair says so by
+    ``counts = True`` and lists it in `Stage.work`.
+    """
+
+    counts = False
 
     def forward(self, q: Tensor, keys: Keys, attend, call: Call) -> Tensor:
         return attend(q, keys)
@@ -71,8 +93,9 @@ class Single(Stage):
 class ScoreAttention(Mixer):
     """Attention by scores over keys; see the module.
 
-    Args (slots): project, refine, position, score, mask, normalise, read, combine, out. ``score`` and
+    Args (slots): project, refine, position, score, mask, normalise, read, combine, out, after. ``score`` and
     ``normalise`` are None for the scaled dot product and the softmax, which fused kernels serve.
+    ``sizes``: heads that have scores, and the widths of their keys and values.
     """
 
     def __init__(
@@ -87,15 +110,16 @@ class ScoreAttention(Mixer):
         read: Stage,
         combine: list[Stage],
         out: Stage,
+        after: list[Stage],
         scale: float,
-        head_widths: tuple[int, int],
+        sizes: tuple[int, int, int],
     ) -> None:
-        super().__init__()
+        super().__init__(after)
         self.project, self.position, self.score, self.mask = project, position, score, mask
         self.normalise, self.read, self.out = normalise, read, out
         self.refine = nn.ModuleList(sorted(refine, key=lambda s: s.rank))
         self.combine = nn.ModuleList(sorted(combine, key=lambda s: s.rank))
-        self.scale, self.head_widths = scale, head_widths
+        self.scale, self.sizes = scale, sizes
 
     def heads(self, call: Call) -> Tensor:
         """``(B, T, H, d_v)``."""
@@ -127,30 +151,37 @@ class ScoreAttention(Mixer):
         q, k, v = self._refined(*self.project.qkv(call.x, call), call)
         call.raw = Raw(q, k, v)
         q, k = self.position(q, k, call)
-        rows = call.mem.rows
-        return q, Keys(rows("k", k), rows("v", v), call.mem.axis(), call.mem.aligned), _as_is
+        rows, maps = call.mem.rows, self.project.maps()
+        keys = Keys(rows("k", k), rows("v", v), call.mem.axis(), call.mem.aligned, *maps)
+        return *self.position.at_read(q, keys, call), _as_is
 
     def _late(self, call: Call):
-        q, q_rot, rows = self.project.rows(call.x, call)
-        for name in self.project.turned:
+        project = self.project
+        q, q_rot, rows = project.rows(call.x, call)
+        for name in project.turned:
             q_rot, rows[name] = self.position(q_rot, rows[name], call)
-        rows = {name: call.mem.rows(name, row) for name, row in rows.items()}
-        axis, aligned = call.mem.axis(), call.mem.aligned
-        if not self.refine and self.score is None and self.project.absorbs(q.shape[2], axis.order.shape[1]):
+        rows, axis, aligned = project.cached(rows, call)
+        turn_q = lambda z: z if project.turned else self.position.turn(z, call.line.pos, call)  # noqa: E731
+        rotates = self.position.rotates
+        turn_k = lambda z: self.position.turn(z, call.mem.places(), call) if rotates else z  # noqa: E731
+        if not self.refine and self.score is None and project.absorbs(q.shape[2], axis.order.shape[1]):
             call.raw = Raw(q, None, None)
-            q, keys, finish = self.project.absorbed(q, q_rot, rows)
+            q, keys, finish = project.absorbed(turn_q(q), q_rot, rows, turn_k)
             return q, keys._replace(axis=axis, aligned=aligned), finish
-        q, k, v = self._refined(q, *self.project.keys(rows, call), call)
+        q, k, v = self._refined(q, *project.keys(rows, call), call)
         call.raw = Raw(q, k, v)
-        q, k = self.project.join(q, q_rot, k, rows)
-        return q, Keys(k, v, axis, aligned), _as_is
+        if project.turned:
+            q, k = project.join(q, q_rot, k, rows)
+        else:
+            q, k = turn_q(q), k if project.keys_turned else turn_k(k)
+        return *self.position.at_read(q, Keys(k, v, axis, aligned, *project.maps()), call), _as_is
 
     def _refined(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         for stage in self.refine:
             q, k, v = stage(q, k, v, call)
         return q, k, v
 
-    def stages(self) -> Iterable[Stage]:
+    def chain(self) -> Iterable[Stage]:
         single = (self.project, *self.refine, self.position, self.score, self.mask, self.normalise, self.read)
         return (s for s in (*single, *self.combine, self.out) if s is not None)
 
@@ -158,11 +189,15 @@ class ScoreAttention(Mixer):
         return self.mask.retain()
 
     def work(self, length: int) -> Iterable[Work]:
-        mask, (width, v_width) = self.mask.mask, self.head_widths
-        per_pair = 2 * self.num_heads * (width + v_width)
+        if self.read.counts:
+            return
+        mask, (heads, width, v_width) = self.mask.mask, self.sizes
+        per_pair, appended = 2 * heads * (width + v_width), 2 * heads * self.position.appended
         visible, computed = mask.pairs(length), computed_pairs(mask, length, self.impl)
         why = "hidden keys of a tile"
         yield Work("mixing", "attention", per_pair * visible, per_pair * computed, why, per_head=True)
+        if appended:
+            yield Work("mixing", "bias", 0, appended * computed, "channels that carry the bias")
         if self.score is not None:
             extra = self.score.pair_flops()
             yield Work("mixing", "score", extra * visible, extra * computed, why)

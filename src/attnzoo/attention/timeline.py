@@ -40,7 +40,8 @@ class Clock:
     full rows hold (None: nothing grows). The tensors exist once segment ids were seen.
     ``used``: slots filled, ``start``: slot where the current document begins, ``ident``: its id,
         ``position``: the
-    position that the next token gets by default; all ``(B,)``.
+    position that the next token gets by default; all ``(B,)``. ``places``: positions of cached keys, where a
+    layer turns keys at read; by what its rows retain.
     """
 
     length: int = 0
@@ -49,6 +50,7 @@ class Clock:
     used: Tensor | None = None
     start: Tensor | None = None
     ident: Tensor | None = None
+    places: dict[Hashable, Tensor] = field(default_factory=dict)
 
     @property
     def ragged(self) -> bool:
@@ -125,13 +127,19 @@ class Timeline:
             return z
         if self.perm is not None:
             z = z.gather(1, _widen(self.perm, z).expand_as(z))
+        return self.blank(z, fill)
+
+    def blank(self, z: Tensor, fill: float = 0.0) -> Tensor:
+        """Compacted ``(B, T, ...)`` with ``fill`` at padding."""
+        if self.valid is None:
+            return z
         return torch.where(_widen(self.valid, z), z, torch.full((), fill, dtype=z.dtype, device=z.device))
 
     def restore(self, z: Tensor) -> Tensor:
         """The inverse: ``(B, T, ...)`` back in the caller's slots, zero at padding."""
         if self.valid is None:
             return z
-        z = torch.where(_widen(self.valid, z), z, torch.zeros((), dtype=z.dtype, device=z.device))
+        z = self.blank(z)
         if self.perm is None:
             return z
         inverse = self.perm.argsort(dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from attnzoo.cost import Cost, add_costs
 from attnzoo.model.layout import parse_layout
 from attnzoo.ops.fused import linear, rms_norm, split_linear, swiglu
 from attnzoo.options import unknown
-from attnzoo.registry import create, legal_options
+from attnzoo.registry import build, legal_options
 
 
 class RMSNorm(nn.Module):
@@ -72,6 +72,11 @@ class ModelCache:
     def nbytes(self) -> int:
         """Bytes of what the layers store."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def slots(self) -> dict[str, Tensor]:
+        """The layers' tensors, by layer and slot."""
+        return {f"{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.slots.items()}
 
     @property
     def length(self) -> int:
@@ -136,6 +141,18 @@ class LanguageModel(nn.Module):
         ]
         return ModelCache(layers, clock)
 
+    def on_step(
+        self, step: int, stats: Mapping[str, Mapping[int, Tensor]], generator: torch.Generator
+    ) -> None:
+        """Tells every layer that an optimiser step was made; see `Stage.on_step`.
+
+        Args:
+            stats: as `Collector.steps`: name -> layer -> value.
+        """
+        for i, mixer in enumerate(self.mixers):
+            own = {name: layers[i] for name, layers in stats.items() if i in layers}
+            mixer.on_step(step, own, generator)
+
     def cost(self, seq_len: int, dtype: torch.dtype = torch.bfloat16) -> Cost:
         """Costs of the whole model; the embedding is a lookup and costs no FLOPs."""
         config = self.config
@@ -195,11 +212,12 @@ def create_model(
     for name in options:
         if name.split(".")[0] not in groups and not any(name in names for names in legal):
             raise unknown("option", name, set().union(*legal), "any layer")
-    mixers = []
+    mixers, bank = [], {}
     for i, (spec, names) in enumerate(zip(specs, legal, strict=True)):
         own = {k: v for k, v in options.items() if k in names or k.split(".")[0] in groups} | spec.options
         place = {"impl": impl, "layer_idx": i, "num_layers": depth, "max_seq_len": max_seq_len}
-        mixers.append(create(spec.name, dim, num_heads, **place | own))
+        mixers.append(build(spec.name, dim, num_heads, place | own, bank))
+    check_layers(mixers)
     config = {
         "layout": layout
         if isinstance(layout, str)
@@ -216,6 +234,29 @@ def create_model(
         **options,
     }
     return LanguageModel(mixers, config)
+
+
+def check_layers(mixers: Sequence[Mixer]) -> None:
+    """Whether every layer that reads what another layer leaves finds it, as it needs it.
+
+    Raises:
+        ValueError: naming both layers and what they differ in.
+    """
+    given: dict[str, tuple[int, object]] = {}
+    for i, mixer in enumerate(mixers):
+        for name, wanted in mixer.needs.items():
+            if name not in given:
+                raise ValueError(
+                    f"layout: layer {i} ({mixer.name}) reads {name!r}, which no earlier layer gives; "
+                    "put the layer that makes it before it"
+                )
+            source, offered = given[name]
+            if offered != wanted:
+                raise ValueError(
+                    f"layout: layer {i} ({mixer.name}) needs {name!r} with {wanted}, "
+                    f"layer {source} gives {offered}; give both the same options"
+                )
+        given |= {name: (i, what) for name, what in mixer.gives.items()}
 
 
 def _legal(name: str, own: dict[str, Any], shared: dict[str, Any]) -> set[str]:

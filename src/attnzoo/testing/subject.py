@@ -12,6 +12,7 @@ from torch import Tensor
 from attnzoo import registry
 from attnzoo.attention.base import Mixer
 from attnzoo.registry import Card
+from attnzoo.testing.stack import Stack
 
 BATCH, LENGTH, DIM, HEADS = 2, 21, 32, 4
 
@@ -31,15 +32,28 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, **options: Any) -> Subject:
-        """The registered variant ``name``."""
-        return cls(
-            lambda dim, num_heads, **more: registry.create(name, dim, num_heads, **more),
-            registry.card(name),
-            options,
-        )
+    def of(cls, name: str, layers: int = 1, **options: Any) -> Subject:
+        """The registered variant ``name``; a stack of ``layers`` of them where that is more than 1."""
 
-    def mixer(self, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Mixer:
+        def make(dim: int, num_heads: int, **more: Any) -> Mixer | Stack:
+            if layers > 1:
+                return Stack(name, layers, dim, num_heads, **more)
+            return registry.create(name, dim, num_heads, **more)
+
+        return cls(make, registry.card(name), options)
+
+    @classmethod
+    def cases(cls, name: str) -> dict[str, Subject]:
+        """What the suite tests of a variant: its defaults, its card's small options, its stack."""
+        card = registry.card(name)
+        found = {name: cls.of(name)}
+        if card.small:
+            found[f"{name}-small"] = cls.of(name, **card.small)
+        if card.layers > 1:
+            found[f"{name}-stack"] = cls.of(name, card.layers, **card.small)
+        return found
+
+    def mixer(self, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Mixer | Stack:
         """A mixer with scattered parameters: starts near zero or the identity would hide mistakes."""
         torch.manual_seed(seed)
         mixer = self.make(DIM, HEADS, **{**self.options, **more})

@@ -41,8 +41,8 @@ def check(target: str | Subject, **options: Any) -> list[str]:
 
     Args:
         target: a registered name, or a `Subject` for a mixer that is not registered.
-        options: of the variant. Without any, the defaults are tested, and the card's ``small`` options as
-            well.
+        options: of the variant. Without any, the defaults are tested, the card's ``small`` options, and a
+            stack where the card says that the mechanism spans layers.
 
     Returns:
         The names of the properties that hold.
@@ -53,8 +53,10 @@ def check(target: str | Subject, **options: Any) -> list[str]:
     """
     subject = Subject.of(target, **options) if isinstance(target, str) else target
     cases = [subject]
-    if subject.card.small and not subject.options:
-        cases.append(Subject(subject.make, subject.card, subject.card.small))
+    if not subject.options:
+        named = Subject.cases(target).values() if isinstance(target, str) else ()
+        small = subject.card.small and Subject(subject.make, subject.card, subject.card.small)
+        cases = list(named) or [subject, *filter(None, [small])]
     failures = []
     for case in cases:
         for name, holds in PROPERTIES.items():

@@ -124,6 +124,10 @@ class LanguageModule(pl.LightningModule):
         self._batches.append(batch)
         nll, count, auxiliary = self._loss_terms(batch, micro)
         self._sums += torch.stack([nll.detach(), auxiliary.detach() * count, count]).to(self._sums)
+        for name, layers in self._collector.steps.items():
+            known = self._stats.setdefault(name, {})
+            for layer, value in layers.items():
+                known[layer] = value / self.settings.accumulate + known.get(layer, 0.0)
         return (nll + auxiliary * count) * (
             self.settings.accumulate * self.trainer.world_size / self.plan.tokens_per_step
         )
@@ -132,6 +136,7 @@ class LanguageModule(pl.LightningModule):
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(3, dtype=wide, device=self.device)
         self._batches: list[Batch] = []
+        self._stats: dict[str, dict[int, Tensor]] = {}
         done, total = self.progress.step, self.plan.total_steps
         if total is None:
             done, total = self.progress.seconds, self.settings.max_seconds
@@ -169,6 +174,7 @@ class LanguageModule(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         step = self.progress.step + 1
+        self._tell_layers(step)
         self.progress = Progress(step, self.progress.tokens + self.plan.tokens_per_step, self._seconds)
         finished = self.fraction == 1.0
         validate = finished or bool(self.settings.val_every and step % self.settings.val_every == 0)
@@ -177,6 +183,16 @@ class LanguageModule(pl.LightningModule):
         if finished or self._stop:
             self.status = "completed" if finished else "stopped"
             self.trainer.should_stop = True
+
+    def _tell_layers(self, step: int) -> None:
+        """What changes in the layers outside the gradient, the same on every rank."""
+        if self.trainer.world_size > 1:
+            for layers in self._stats.values():
+                for value in layers.values():
+                    dist.all_reduce(value)
+                    value /= self.trainer.world_size
+        generator = torch.Generator().manual_seed(derived_seed(f"{self.plan.seed}/{step}/layers"))
+        self.model.on_step(step, self._stats, generator)
 
     def _report(self, validate: bool) -> None:
         metrics = {**vars(self.progress), **self.meter.report(), "lr": self._lr, "grad_norm": self._norm}
@@ -210,7 +226,11 @@ class LanguageModule(pl.LightningModule):
 
 def seed_draws(key: str) -> None:
     """Seed every generator that a model may draw from, on all devices."""
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    seed = derived_seed(key)
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+def derived_seed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -15,7 +15,7 @@ FLOPs (decode), the materialised one elsewhere. Our choice: default widths d_n =
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,6 @@ class Latent(Late, Stage):
 
     def join(self, q: Tensor, q_rot: Tensor, k: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries and keys with their rotary slices appended."""
-        if not self.turned:
-            return q, k
         return torch.cat([q, q_rot], dim=-1), torch.cat(
             [k, rows["k_rope"].expand(-1, self.heads, -1, -1)], dim=-1
         )
@@ -97,7 +95,7 @@ class Latent(Late, Stage):
         materialised = keys * up + new * keys * self.heads * (d_n + d_r + d_v)
         return new * up + new * keys * self.heads * (2 * self.rank + d_r) < materialised
 
-    def absorbed(self, q: Tensor, q_rot: Tensor, rows: dict[str, Tensor]):
+    def absorbed(self, q: Tensor, q_rot: Tensor, rows: dict[str, Tensor], turn: Callable):
         """The queries in latent space, one key head whose value is its own latent part, and the way back."""
         d_n, _, d_v = self.widths
         up = self.kv_up.weight.unflatten(0, (self.heads, d_n + d_v))

@@ -27,6 +27,7 @@ from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.stages.combine import HeadNorm
+from attnzoo.attention.stages.running import running_sum
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -103,36 +104,11 @@ class Normaliser(Stage):
         self.heads, self.kv_heads, self.width, self.eps = heads, kv_heads, width, eps
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
-        q, k = call.raw.q, call.raw.k
+        q, k = (z.transpose(1, 2) for z in call.raw[:2])
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-        z = self._sums(k.to(wide), call).repeat_interleave(self.heads // self.kv_heads, dim=1)
-        total = (q.to(wide) * z).sum(-1).transpose(1, 2)[..., None]
+        z = running_sum(k.to(wide), call, "z").repeat_interleave(self.heads // self.kv_heads, dim=2)
+        total = (q.to(wide) * z).sum(-1, keepdim=True)
         return (o.to(wide) / (total + self.eps)).to(o.dtype)
-
-    def _sums(self, k: Tensor, call: Call) -> Tensor:
-        """Prefix sums ``(B, G, T, d_f)`` within the document, on from the cache."""
-        line = call.line
-        if line.valid is not None:
-            k = torch.where(line.valid[:, None, :, None], k, torch.zeros((), dtype=k.dtype, device=k.device))
-        sums = k.cumsum(2)
-        start = call.mem.state("z")
-        if line.doc is None:
-            sums = sums if start is None else sums + start[:, :, None]
-        else:
-            sums = self._within_documents(k, sums, start, line.doc)
-        call.mem.put("z", sums[:, :, -1])
-        return sums
-
-    def _within_documents(self, k: Tensor, sums: Tensor, start: Tensor | None, doc: Tensor) -> Tensor:
-        step = torch.arange(doc.shape[1], device=doc.device)
-        begins = torch.cat([doc[:, :1] > 0, doc[:, 1:] != doc[:, :-1]], dim=1)
-        first = torch.where(begins, step, 0).cummax(1).values
-        index = first[:, None, :, None].expand_as(sums)
-        before = sums.gather(2, index) - k.gather(2, index)
-        sums = sums - before
-        if start is not None:
-            sums = sums + start[:, :, None] * (doc == 0)[:, None, :, None]
-        return sums
 
     def memory(self) -> dict[str, Slot]:
         return {"z": Slot("state", (self.kv_heads, self.width))}

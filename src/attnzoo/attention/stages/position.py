@@ -10,13 +10,28 @@ from attnzoo.ops.fused import rotate
 
 
 class NoPosition(Stage):
-    """Queries and keys as they are."""
+    """Queries and keys as they are; the base of position stages.
+
+    A stage rotates by ``turn(z, pos, call)``, which sees queries, keys before the cache, or cached keys at
+    their places; or it changes whole keys in ``at_read(q, keys, call)``, by ``appended`` further channels.
+    """
+
+    rotates = False
+    appended = 0
 
     def forward(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        return q, k
+        return self.turn(q, call.line.pos, call), self.turn(k, call.line.pos, call)
+
+    def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
+        """``z`` ``(B, heads, T, width)`` at positions ``(B or 1, T)``."""
+        return z
+
+    def at_read(self, q: Tensor, keys, call: Call):
+        """``q`` and the `Keys` so far, as scores see them."""
+        return q, keys
 
 
-class Rope(Stage):
+class Rope(NoPosition):
     """Rotary embedding in the rotate-half layout (arXiv 2104.09864).
 
     Pair f of an r-wide slice is channels f and f + r/2, turned by ``position * theta^(-2f/r)``. Angles are
@@ -29,6 +44,8 @@ class Rope(Stage):
         ValueError: the width is odd.
     """
 
+    rotates = True
+
     def __init__(self, width: int, theta: float = 10000.0, field: str = "head_dim") -> None:
         super().__init__()
         if width % 2:
@@ -40,15 +57,11 @@ class Rope(Stage):
             raise ValueError(f"rope_theta: must be positive, got {theta}")
         self.width, self.theta = width, theta
 
-    def forward(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        return self.turn(q, call.line.pos, call), self.turn(k, call.line.pos, call)
-
     def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
-        """``z`` ``(B, heads, T, width)`` at positions ``(B or 1, T)``."""
         work = torch.float64 if z.dtype == torch.float64 else torch.float32
         name = ("rope", self.width, self.theta, work)
-        shared = pos is call.line.pos
-        cos, sin = call.line.once(name, lambda: self._table(pos, work)) if shared else self._table(pos, work)
+        # kept with its positions, so that no other tensor can have their id
+        _, cos, sin = call.line.once((*name, id(pos)), lambda: (pos, *self._table(pos, work)))
         turned = rotate(z, cos, sin)
         # autocast rounds for whoever wants it rounded; meta tensors know no autocast
         keep = not z.is_meta and torch.is_autocast_enabled(z.device.type)

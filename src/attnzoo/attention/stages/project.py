@@ -39,7 +39,7 @@ class QKV(Early, Stage):
         self.widths = (head_dim, head_dim, v_head_dim)
         self.sizes = [h * d for h, d in zip(self.heads, self.widths, strict=True)]
         self.dim, self.stores = dim, stores
-        self.qkv_proj = site.weights.linear("qkv", dim, sum(self.sizes), bias)
+        self.qkv_proj = site.weights.linear("qkv", dim, sum(self.sizes), bias, parts=self.sizes)
 
     def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """x ``(B, T, D)`` -> q ``(B, H, T, d)``, k ``(B, G, T, d)``, v ``(B, G, T, d_v)``."""

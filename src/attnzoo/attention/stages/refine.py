@@ -17,22 +17,27 @@ from attnzoo_kernels.short_conv import MAX_TAPS, short_conv
 
 
 class QKNorm(Stage):
-    """RMSNorm over each query and key head, with one gain each (Qwen3 form)."""
+    """RMSNorm over each query and key head, with one gain each (Qwen3 form).
+
+    Args:
+        sides: "qk", or "q" where the keys are another layer's.
+    """
 
     rank = 30
 
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
+    def __init__(self, width: int, eps: float = 1e-6, sides: str = "qk") -> None:
         super().__init__()
-        self.q_gain, self.k_gain = (flag(nn.Parameter(torch.ones(width)), decay=False) for _ in range(2))
-        self.eps = eps
+        for side in sides:
+            self.register_parameter(f"{side}_gain", flag(nn.Parameter(torch.ones(width)), decay=False))
+        self.eps, self.sides = eps, sides
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        q = self._normed(q, self.q_gain)
+        return q, self._normed(k, self.k_gain) if "k" in self.sides else k, v
+
+    def _normed(self, z: Tensor, gain: Tensor) -> Tensor:
         # in the projection's own order of axes, so that nothing is copied
-        q, k = (
-            rms_norm(z.transpose(1, 2), gain, self.eps).transpose(1, 2)
-            for z, gain in ((q, self.q_gain), (k, self.k_gain))
-        )
-        return q, k, v
+        return rms_norm(z.transpose(1, 2), gain, self.eps).transpose(1, 2)
 
 
 class L2Norm(Stage):

@@ -1,0 +1,87 @@
+"""Running sums, maxima and log-sum-exps over the tokens of a document, on from the cache.
+
+Each takes ``z`` ``(B, T, ...)``, and the name of a state slot ``(...)`` that the calling stage declares.
+Padding does not count. Every function takes O(T), on packed documents O(T log T), element-wise work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnzoo.attention.base import Call
+
+
+def running_sum(z: Tensor, call: Call, slot: str) -> Tensor:
+    """``sum_(j <= t) z_j``."""
+    line, start = call.line, call.mem.state(slot)
+    z = line.blank(z)
+    sums = z.cumsum(1)
+    if line.doc is None:
+        sums = sums if start is None else sums + start[:, None]
+    else:
+        step = torch.arange(line.length, device=z.device)
+        first = (step - line.order).clamp(min=0)  # where the document begins in this forward
+        index = first.reshape(*first.shape, *(1,) * (z.dim() - 2)).expand_as(z)
+        sums = sums - (sums.gather(1, index) - z.gather(1, index))
+        if start is not None:
+            goes_on = (line.doc == 0).reshape(*line.doc.shape, *(1,) * (z.dim() - 2))
+            sums = sums + start[:, None] * goes_on
+    call.mem.put(slot, sums[:, -1])
+    return sums
+
+
+def count(call: Call, like: Tensor) -> Tensor:
+    """``(B or 1, T)`` tokens of the document so far, the token included, in ``like``'s dtype."""
+    return (call.line.order + 1).to(like.dtype)
+
+
+def running_max(z: Tensor, call: Call, slot: str) -> Tensor:
+    """``max_(j <= t) z_j``. The slot holds the maximum so far, -inf before the first token."""
+    return _running(z, call, slot, torch.maximum, lambda z: z.cummax(1).values)
+
+
+def running_logsumexp(z: Tensor, call: Call, slot: str) -> Tensor:
+    """``log sum_(j <= t) exp z_j``. The slot holds the value so far, -inf before the first token."""
+    return _running(z, call, slot, torch.logaddexp, lambda z: z.logcumsumexp(1))
+
+
+def before(z: Tensor, running: Tensor, call: Call, start: Tensor | None) -> Tensor:
+    """The running values one token earlier; the token's own ``z`` where it is the first of its document.
+
+    Args:
+        start: the slot's value before this forward, or None.
+    """
+    first = z[:, :1] if start is None else start[:, None].to(z.dtype)
+    previous = torch.cat([first, running[:, :-1]], dim=1)
+    begins = (call.line.order == 0).reshape(*call.line.order.shape, *(1,) * (z.dim() - 2))
+    return torch.where(begins, z, previous)
+
+
+def _running(z: Tensor, call: Call, slot: str, join: Callable, whole: Callable) -> Tensor:
+    line, start = call.line, call.mem.state(slot)
+    z = line.blank(z, fill=-math.inf)
+    if start is not None:
+        # an empty slot is zeros: it counts only where the document has cached tokens
+        seen = line.order[:, :1] > 0
+        if line.doc is not None:
+            seen = seen & (line.doc[:, :1] == 0)
+        seen = seen.reshape(-1, *(1,) * (z.dim() - 2))
+        start = torch.where(seen, start.to(z.dtype), -math.inf)
+        z = torch.cat([join(z[:, :1], start[:, None]), z[:, 1:]], dim=1)
+    if line.doc is None:
+        found = whole(z)
+    else:
+        found, back = z, 1
+        while back < line.length:  # each token joins the run before its own until the runs meet
+            earlier = torch.cat([found[:, :1].expand(-1, back, *z.shape[2:]), found[:, :-back]], dim=1)
+            index = torch.arange(line.length, device=z.device)
+            inside = (line.order >= back) & (index >= back)
+            inside = inside.reshape(*inside.shape, *(1,) * (z.dim() - 2))
+            found = torch.where(inside, join(found, torch.where(inside, earlier, found)), found)
+            back *= 2
+    call.mem.put(slot, found[:, -1])
+    return found
