@@ -226,7 +226,8 @@ def legal_options(name: str, add: tuple[str, ...] = ()) -> set[str]:
     entries = [_entry(n) for n in (name, *add)]
     frames = entries[0].own_frames()
     host = {o for f in frames for o in _host_options(f)} - entries[0].fixed.keys()
-    return {"add", *host, *entries[0].card.defaults, *(o for e in entries for o in opts.keyword_options(e.change))}
+    own = {o for e in entries for o in opts.keyword_options(e.change)}
+    return {"add", *host, *entries[0].card.defaults, *own}
 
 
 def _common(

@@ -1,4 +1,4 @@
-"""ScoreAttention: project, refine, position, score, mask, normalise, read, combine, out, after, in this order.
+"""ScoreAttention: project, refine, position, score, mask, normalise, read, combine, out, after, in order.
 
 The frame owns the plumbing (cache, documents, masks, choice of implementation); a variant is the stages it
 changes.
