@@ -19,7 +19,7 @@ COMPOSED = [
     ("gqa", {"num_kv_heads": 2, "output_gate": "headwise", "qk_norm": True}),
     ("mla", {"add": ("kha",), "kind": "linear", "q_lora_rank": 12}),
     ("dcmha", {"window": 5, "add": ("moh",), "static_proj": False}),
-    ("gated_deltanet", {"add": ("moh", "kha"), "num_v_heads": 8, "chunk_size": 5}),
+    ("gated_deltanet", {"add": ("moh", "kha"), "num_v_heads": 8, "chunk_size": 5, "qk_norm": True}),
     (
         "linear",
         {"num_kv_heads": 2, "feature_map": "hedgehog", "normalize": False, "output_gate": "elementwise"},

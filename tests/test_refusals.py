@@ -73,8 +73,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, object]] = [
     ("gated_deltanet", {"output_gate": "headwise"}, "output_gate", "headwise"),
     # options of another variant, or of none
     ("mha", {"kv_lora_rank": 8}, "option", "kv_lora_rank"),
-    ("linear", {"window": 4}, "option", "window"),
-    ("gated_deltanet", {"qk_norm": True}, "option", "qk_norm"),
+    ("linear", {"window": 4}, "window", 4),
+    ("gated_deltanet", {"n_sink": 2}, "n_sink", 2),
     ("gqa", {"moh.shared_heads": 1}, "option", "moh.shared_heads"),
     ("gqa", {"add": "moh", "moh.rank": 1}, "option", "moh.rank"),
     # compositions without a meaning

@@ -312,6 +312,8 @@ def _sort_options(
                 )
             chosen[""][option], set_by[option] = value, e.card.name
     for key, value in opts.flatten(options, members).items():
+        if key in FRAMES[frame].absent and not any(key in table for table in tables.values()):
+            raise ValueError(f"{key}: {FRAMES[frame].absent[key]}, got {value!r}; leave it out")
         owner, option = _owner(key, name, tables)
         if owner == "":
             for e in (entry, *adds):

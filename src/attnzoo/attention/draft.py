@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,6 +122,7 @@ class Frame:
 
     title: str
     slots: tuple[str, ...]
+    absent: Mapping[str, str] = {}  # options of other frames -> why they make no sense in this one
 
     @staticmethod
     def begin(draft: Draft) -> None:
@@ -232,6 +233,10 @@ class RecurrentFrame(Frame):
 
     title = "RecurrentAttention"
     slots = ("project", "refine", "position", "gates", "scan", "combine", "out", "after")
+    absent = {
+        "window": "a state is a sum over the past from which no single key can be taken out again",
+        "n_sink": "a state is a sum over the past, without a window that sinks could extend",
+    }
 
     @staticmethod
     def begin(
@@ -241,6 +246,7 @@ class RecurrentFrame(Frame):
         head_dim: int | None = None,
         pos: Literal["rope", "none"] = "none",
         rope_theta: float = 10000.0,
+        qk_norm: bool = False,
         chunk_size: int = 64,
         output_gate: Literal["none", "headwise", "elementwise"] = "none",
         qkv_bias: bool = False,
@@ -271,6 +277,8 @@ class RecurrentFrame(Frame):
                 num_v_heads=draft.shapes()["v"][0],
             ),
         )
+        if host["qk_norm"]:
+            draft.slots["refine"].append(QKNorm(draft.project_width or draft.head_dim, host["norm_eps"]))
         add_gate(draft)
         gates = draft.fill("gates", NoGates)
         scale = draft.head_dim**-0.5 if draft.scale is None else draft.scale

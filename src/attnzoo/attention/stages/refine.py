@@ -43,7 +43,7 @@ class QKNorm(Stage):
 class L2Norm(Stage):
     """Queries and keys of unit length: ``x / sqrt(sum x² + eps)`` over the head."""
 
-    rank = 30
+    rank = 32  # after a norm with gains, so that keys stay of unit length
 
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
