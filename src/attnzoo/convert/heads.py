@@ -1,0 +1,160 @@
+"""Conversions that let heads share: pooling into groups, fusing into arbitrary groups, sharing over layers.
+
+All matrices act as ``x @ W``; everything runs in fp64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnzoo.convert.layer import Layer, heads_of, side_by_side
+
+
+def pool(W: Tensor, heads: int, groups: int, method: str = "mean", seed: int = 0) -> Tensor:
+    """Projections of ``heads`` heads as those of ``groups``: ``(D, heads d)`` -> ``(D, groups d)``.
+
+    Exact where the heads of a group are equal. Biases go as ``(1, heads d)``.
+
+    Args:
+        method: "mean" of the group (2305.13245), its "first" head, or "random" N(0, 0.02²).
+    """
+    if groups < 1 or heads % groups:
+        raise ValueError(f"num_kv_heads: must divide the {heads} key heads of the source, got {groups}")
+    blocks = heads_of(W, heads).unflatten(0, (groups, -1))
+    if method == "mean":
+        return side_by_side(blocks.mean(1))
+    if method == "first":
+        return side_by_side(blocks[:, 0])
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return 0.02 * torch.randn(len(W), W.shape[1] * groups // heads, generator=generator, dtype=W.dtype)
+    raise ValueError(f"method: must be 'mean', 'first', 'random' or 'svd', got {method!r}")
+
+
+def grouped(layer: Layer, groups: int, method: str = "mean") -> dict[str, Tensor]:
+    """The weights of a `gqa` with ``groups`` key/value heads.
+
+    "svd" pools keys by their mean and factors the values: the group's value heads become one, and what tells
+    them apart goes into the output projection; weighted by calibration text where there is some. It is exact
+    for values of rank <= d.
+    """
+    weights, G = dict(layer.weights), layer.kv_heads
+    keys = "mean" if method == "svd" else method
+    names = ("k",) if method == "svd" else ("k", "v")
+    for name in names:
+        weights[f"W_{name}"] = pool(weights[f"W_{name}"], G, groups, keys)
+        if f"b_{name}" in weights:
+            weights[f"b_{name}"] = pool(weights[f"b_{name}"][None], G, groups, keys)[0]
+    return weights | (_shared_values(layer, groups) if method == "svd" else {})
+
+
+def _shared_values(layer: Layer, groups: int) -> dict[str, Tensor]:
+    H, G, d = layer.heads, layer.kv_heads, layer.head_dim
+    if "b_v" in layer.weights:
+        raise ValueError("method: svd does not fold a bias of values, got one; use mean")
+    W_v, W_o = heads_of(layer.weights["W_v"], G), layer.weights["W_o"].unflatten(0, (H, d))
+    values, outs = [], []
+    for group in W_v.unflatten(0, (groups, -1)):
+        stacked = side_by_side(group)  # (D, t d)
+        seen = stacked if layer.x is None else layer.inputs().flatten(0, 1) @ stacked
+        basis = torch.linalg.svd(seen, full_matrices=False)[2][:d]  # (d, t d)
+        values.append(stacked @ basis.T)
+        outs += basis.unflatten(1, (len(group), d)).transpose(0, 1)
+    share = H // G
+    back = torch.stack([outs[h // share] @ W_o[h] for h in range(H)])
+    return {"W_v": side_by_side(torch.stack(values)), "W_o": back.flatten(0, 1)}
+
+
+class Fused(NamedTuple):
+    """One layer of `dha`: its weights, and which key and value head each query head reads."""
+
+    weights: dict[str, Tensor]
+    key_map: list[int]
+    value_map: list[int]
+
+
+def fuse(layers: list[Layer], budget: int) -> list[Fused]:
+    """MHA to DHA (2406.06567): keys and values in groups of their own, with budgets found over all layers.
+
+    Every key and value head, scaled by its layer's matrix, is a point; the merge that costs least by Ward's
+    criterion comes first, anywhere, until ``budget`` key and value heads are left in all. A group's head is
+    the mean of its members.
+
+    Raises:
+        ValueError: the budget is not between one head of each kind per layer and all there are.
+    """
+    most = sum(2 * layer.kv_heads for layer in layers)
+    if not 2 * len(layers) <= budget <= most:
+        raise ValueError(f"budget: must be in {2 * len(layers)}..{most} heads, got {budget}")
+    points = {
+        (i, name): heads_of(layer.weights[f"W_{name}"], layer.kv_heads).flatten(1)
+        for i, layer in enumerate(layers)
+        for name in "kv"
+    }
+    points = {key: z / torch.linalg.norm(z) for key, z in points.items()}
+    groups = {key: [[h] for h in range(len(z))] for key, z in points.items()}
+    for _ in range(most - budget):
+        _, key, a, b = min(
+            (_ward(points[key], own[a], own[b]), key, a, b)
+            for key, own in groups.items()
+            for a in range(len(own))
+            for b in range(a + 1, len(own))
+        )
+        groups[key][a] += groups[key].pop(b)
+    return [_collapse(layer, *(sorted(groups[i, n]) for n in "kv")) for i, layer in enumerate(layers)]
+
+
+def _ward(points: Tensor, a: list[int], b: list[int]) -> float:
+    """Growth of the squared distances to the mean when two groups become one."""
+    weight = len(a) * len(b) / (len(a) + len(b))
+    return weight * float((points[a].mean(0) - points[b].mean(0)).square().sum())
+
+
+def _collapse(layer: Layer, keys: list[list[int]], values: list[list[int]]) -> Fused:
+    weights, maps, share = dict(layer.weights), [], layer.heads // layer.kv_heads
+    for name, groups in (("k", keys), ("v", values)):
+        for kind in ("W", "b"):
+            symbol = f"{kind}_{name}"
+            if symbol in weights:
+                flat = weights[symbol].reshape(-1, layer.kv_heads * layer.head_dim)
+                blocks = heads_of(flat, layer.kv_heads)
+                fused = side_by_side(torch.stack([blocks[sorted(group)].mean(0) for group in groups]))
+                weights[symbol] = fused if kind == "W" else fused[0]
+        home = {h: g for g, group in enumerate(groups) for h in group}
+        maps.append([home[h // share] for h in range(layer.heads)])
+    return Fused(weights, *maps)
+
+
+def nearest_heads(layers: list[Layer], rate: float) -> list[list[list[int]]]:
+    """DirectShare (2402.11819): which head ``[layer, head]`` takes the blocks of which earlier one.
+
+    Heads are matched by the cosine of their query and key blocks, the best ``rate`` of all heads are
+    replaced, and each takes what its match itself takes. Heads of a group go together.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"share_rate: must be in 0..1, got {rate}")
+    share = layers[0].heads // layers[0].kv_heads
+    blocks = []
+    for layer in layers:
+        q = heads_of(layer.weights["W_q"], layer.heads).flatten(1).unflatten(0, (-1, share)).flatten(1)
+        k = heads_of(layer.weights["W_k"], layer.kv_heads).flatten(1)
+        blocks.append(torch.nn.functional.normalize(torch.cat([q, k], dim=1), dim=1))
+    found, G = [], layers[0].kv_heads
+    for i in range(1, len(layers)):
+        score = blocks[i] @ torch.cat(blocks[:i]).T  # (G, i G)
+        best, where = score.max(1)
+        found += [(float(best[g]), (i, g), divmod(int(where[g]), G)) for g in range(G)]
+    chosen = sorted(found, reverse=True)[: round(rate * len(layers) * G)]
+    roots = {own: source for _, own, source in chosen}
+
+    def root(place: tuple[int, int]) -> tuple[int, int]:
+        return root(roots[place]) if place in roots else place
+
+    return [
+        [[own[0], own[1] * share + r], [root(own)[0], root(own)[1] * share + r]]
+        for own in sorted(roots)
+        for r in range(share)
+    ]

@@ -1,0 +1,60 @@
+"""What a conversion reads of an attention layer: matrices for ``x @ W``, sizes, and the inputs it saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    """One source layer, in fp64.
+
+    Args:
+        weights: by symbol, ``W_q`` ``(D, H d)``, ``W_k``, ``W_v`` ``(D, G d)``, ``W_o`` ``(H d, D)``; biases
+            ``b_q``, ``b_k``, ``b_v``, ``b_o`` where there are any; of a latent layer its own symbols.
+        heads, kv_heads, head_dim: H, G, d. theta: base of RoPE, None without positions.
+        x: ``(B, T, D)`` what the layer reads on calibration text.
+    """
+
+    weights: dict[str, Tensor]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    theta: float | None = 10000.0
+    x: Tensor | None = None
+
+    def inputs(self) -> Tensor:
+        """The calibration inputs, in fp64.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.x is None:
+            raise ValueError("calibration: this conversion reads activations, got no text; give some")
+        return self.x.double()
+
+    def q_and_k(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        return (self.weights["W_q"], self.heads), (self.weights["W_k"], self.kv_heads)
+
+
+def by_head(z: Tensor, heads: int) -> Tensor:
+    """``(B, T, heads d)`` -> ``(B, heads, T, d)``."""
+    return z.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def heads_of(W: Tensor, heads: int) -> Tensor:
+    """``(D, heads d)`` -> ``(heads, D, d)``."""
+    return W.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def side_by_side(blocks: Tensor) -> Tensor:
+    """``(heads, D, d)`` -> ``(D, heads d)``."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """``|ours - theirs| / |theirs|`` in the Frobenius norm."""
+    return float(torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs))
