@@ -107,6 +107,31 @@ def test_blocks(ids: Tensor | None, split: tuple[int, ...]) -> None:
             torch.testing.assert_close(found[b, t, 0], expected)
 
 
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("ids", [None, IDS], ids=["one", "packed"])
+def test_blocks_that_end(ids: Tensor | None, split: tuple[int, ...]) -> None:
+    """The same, where summaries exist of finished blocks only."""
+    z = torch.randn(B, T, 1, dtype=torch.float64)
+    slots = {"s": Slot("state", (1,)), "b": Slot("blocks", (1, 1), PER)}
+
+    def run(call: Call, z: Tensor) -> Tensor:
+        place, _ = call.mem.block_ends(PER)
+        sums = running_sum(z, call, "s").gather(1, place.expand(B, -1)[..., None])
+        key, query = call.mem.ended_axis(PER), call.query
+        blocks = call.mem.ended("b", sums[:, None], PER)[:, 0]
+        seen = key.order[:, None] <= query.order[:, :, None]
+        if key.doc is not None:
+            seen = seen & (key.doc[:, None] == query.doc[:, :, None])
+        return (seen.to(z.dtype) @ blocks).expand(B, -1, 1)
+
+    found = in_pieces(run, z, ids, split, slots)
+    for b, places in documents(ids):
+        for i, t in enumerate(places):
+            ends = [places[: e + 1] for e in range(i + 1) if (e + 1) % PER == 0]
+            expected = sum((z[b, end].sum() for end in ends), torch.zeros(()).double())
+            torch.testing.assert_close(found[b, t, 0], expected)
+
+
 @pytest.mark.parametrize("retain", [None, Retain(1, 4)])
 @pytest.mark.parametrize("split", SPLITS[1:], ids=str)
 @pytest.mark.parametrize("ids", [None, IDS], ids=["one", "packed"])

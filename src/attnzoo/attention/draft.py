@@ -287,7 +287,8 @@ class RecurrentFrame(Frame):
         )
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
-        mixer.choices = choose_scan(host["impl"], draft.head_dim)
+        own = getattr(slots["scan"], "choose", None)
+        mixer.choices = own(host["impl"]) if own else choose_scan(host["impl"], draft.head_dim)
         return mixer
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Mixer, Raw, Stage
+from attnzoo.attention.base import Call, Choices, Mixer, Raw, Stage
+from attnzoo.attention.implementation import choose_scan
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work
@@ -60,6 +61,10 @@ class Scan(Stage):
 
     def memory(self) -> dict[str, Slot]:
         return {"S": Slot("state", self.shape)}
+
+    def choose(self, asked: str) -> Choices:
+        """The implementation for the option ``impl``; see `choose_scan`. Other stages of the slot have it."""
+        return choose_scan(asked, self.shape[1])
 
     def forward(self, terms: Terms, call: Call) -> Tensor:
         o, state = scan(

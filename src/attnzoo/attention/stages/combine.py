@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Site, Stage, flag
+from attnzoo.attention.memory import Slot
+from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.cost import Work
 from attnzoo.ops.fused import rms_norm
 from attnzoo_kernels.launch import choose
@@ -32,12 +35,51 @@ class HeadNorm(Stage):
         return rms_norm(o, self.gain, self.eps)
 
 
+class LocalConv(Stage):
+    """``o + conv(v)``: a causal depthwise convolution of the values beside what mixes them.
+
+    ``conv(v)_t = b + sum_m w_m v_(t - n + 1 + m)`` per channel, cut at document starts; taps and bias start
+    as in Conv1d, U(-1/sqrt(n), 1/sqrt(n)), and are not re-initialised.
+
+    Args:
+        v: (heads, width) of the values. size: taps n. shared: one set of taps for all heads.
+    """
+
+    rank = 20
+
+    def __init__(
+        self, v: tuple[int, int], size: int, shared: bool = False, field: str = "lepe_kernel"
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"{field}: must be at least 1, got {size}")
+        self.v, self.size, self.shared = v, size, shared
+        channels, bound = v[1] if shared else v[0] * v[1], 1 / math.sqrt(size)
+        taps, bias = (torch.empty(channels, *more).uniform_(-bound, bound) for more in ((size,), ()))
+        self.taps = flag(nn.Parameter(taps), decay=False, reinit=False)
+        self.bias = flag(nn.Parameter(bias), decay=False, reinit=False)
+
+    def forward(self, o: Tensor, call: Call) -> Tensor:
+        heads = self.v[0]
+        taps = self.taps.repeat(heads, 1) if self.shared else self.taps
+        bias = self.bias.repeat(heads) if self.shared else self.bias
+        y = causal_conv(call.raw.v.transpose(1, 2).flatten(2), taps, call, "conv_local") + bias
+        y = y.unflatten(-1, self.v)
+        return o + (y if o.shape[2] == heads else y.repeat_interleave(o.shape[2] // heads, dim=2))
+
+    def memory(self) -> dict[str, Slot]:
+        return {"conv_local": Slot("tail", (self.size - 1, self.v[0] * self.v[1]))}
+
+    def elementwise(self) -> dict[str, float]:
+        return {"local convolution": 2.0 * self.size * self.v[0] * self.v[1]}
+
+
 class Gate(Stage):
     """``o * act(x W_g)``: one gate per head, or per channel.
 
     Args:
         per_channel: a gate for each of the ``num_heads * width`` channels, else one per head.
-        act: activation of the gate; rescale: constant factor.
+        act: activation of the gate; rescale: constant factor; bias: of ``W_g``.
     """
 
     rank = 40
@@ -51,11 +93,12 @@ class Gate(Stage):
         act: Callable[[Tensor], Tensor],
         per_channel: bool = True,
         rescale: float = 1.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.shape = (num_heads, width if per_channel else 1)
         self.dim, self.act, self.rescale = dim, act, rescale
-        self.gate = site.weights.linear("gate", dim, num_heads * self.shape[1])
+        self.gate = site.weights.linear("gate", dim, num_heads * self.shape[1], bias)
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         gate = self.act(self.before(call))
