@@ -1,0 +1,1 @@
+"""Variants whose layers share keys and values, or weights."""
