@@ -156,11 +156,13 @@ class Stage(nn.Module):
     """One step of a mixer. It does one thing and knows no other stage.
 
     ``rank`` sorts the stages of a chain (refine, combine, after); `score` lists the usual numbers. ``exact``
-    is False where `work` bounds a count that depends on the data.
+    is False where `work` bounds a count that depends on the data. ``sides``: which of q, k, v a refine stage
+    changes.
     """
 
     rank = 0
     exact = True
+    sides = "qkv"
 
     def members(self) -> Iterable[Stage]:
         """The stages it is made of, itself included."""

@@ -41,6 +41,7 @@ class Draft:
         hooks: what variants do once all of them have spoken: stages that need the final shapes, checks.
         gives, needs: see `Mixer`.
         borrows: keys and values are another layer's; refine stages change queries only.
+        lends: the name under which later layers find this layer's keys ("" = they do not).
     """
 
     frame: type[Frame]
@@ -64,6 +65,7 @@ class Draft:
     gives: dict[str, object] = field(default_factory=dict)
     needs: dict[str, object] = field(default_factory=dict)
     borrows: bool = False
+    lends: str = ""
 
     @property
     def qk_width(self) -> int:
@@ -198,6 +200,7 @@ class ScoreFrame(Frame):
                 num_v_heads=draft.shapes()["v"][0],
             ),
         )
+        project.lends = draft.lends
         if host["qk_norm"]:
             sides = "q" if draft.borrows else "qk"
             draft.slots["refine"].append(QKNorm(draft.head_dim, host["norm_eps"], sides))

@@ -22,9 +22,13 @@ from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 
 
 class Early:
-    """Marks projections whose k and v exist before the cache: ``qkv(x, call) -> (q, k, v)``."""
+    """Marks projections whose k and v exist before the cache: ``qkv(x, call) -> (q, k, v)``.
+
+    ``lends``: the name under which later layers find its `Keys` in `Context.shared`; "" = they do not.
+    """
 
     late = False
+    lends = ""
 
     def maps(self) -> tuple[Tensor | None, Tensor | None]:
         """``(H,)`` which key and which value head each query head reads; None = consecutive groups."""
@@ -43,6 +47,7 @@ class Late:
     """
 
     late = True
+    lends = ""
     turned: tuple[str, ...] = ()
     keys_turned = False
 
@@ -153,7 +158,7 @@ class ScoreAttention(Mixer):
         q, k = self.position(q, k, call)
         rows, maps = call.mem.rows, self.project.maps()
         keys = Keys(rows("k", k), rows("v", v), call.mem.axis(), call.mem.aligned, *maps)
-        return *self.position.at_read(q, keys, call), _as_is
+        return *self.position.at_read(q, self._lent(keys, call), call), _as_is
 
     def _late(self, call: Call):
         project = self.project
@@ -174,7 +179,14 @@ class ScoreAttention(Mixer):
             q, k = project.join(q, q_rot, k, rows)
         else:
             q, k = turn_q(q), k if project.keys_turned else turn_k(k)
-        return *self.position.at_read(q, Keys(k, v, axis, aligned, *project.maps()), call), _as_is
+        keys = self._lent(Keys(k, v, axis, aligned, *project.maps()), call)
+        return *self.position.at_read(q, keys, call), _as_is
+
+    def _lent(self, keys: Keys, call: Call) -> Keys:
+        """The keys so far, as positions left them; also to later layers that read them."""
+        if self.project.lends:
+            call.shared[self.project.lends] = keys
+        return keys
 
     def _refined(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         for stage in self.refine:

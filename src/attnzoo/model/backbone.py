@@ -251,7 +251,9 @@ def check_layers(mixers: Sequence[Mixer]) -> None:
                     "put the layer that makes it before it"
                 )
             source, offered = given[name]
-            if offered != wanted:
+            # a spec may take more than its equal
+            fits = wanted.accepts(offered) if hasattr(wanted, "accepts") else offered == wanted
+            if not fits:
                 raise ValueError(
                     f"layout: layer {i} ({mixer.name}) needs {name!r} with {wanted}, "
                     f"layer {source} gives {offered}; give both the same options"

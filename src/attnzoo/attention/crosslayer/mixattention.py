@@ -5,12 +5,14 @@ Inference-Friendly Models With MixAttention, arXiv 2409.15012.
     kinds of layers:  full, slide (own keys), full_reuse, slide_reuse (the keys of an earlier layer, rotated)
     slide, slide_reuse:  keys j with i - w < j <= i        full, full_reuse:  keys j <= i
     a reuse by -n reads layer l - n, and where that one reuses, the layer that made its keys
-    reference plan, 13 layers: full, then twice (slide, slide_reuse, slide, slide_reuse, slide_reuse, full_reuse)
+    reference plan, 13 layers: full, then twice
+        (slide, slide_reuse, slide, slide_reuse, slide_reuse, full_reuse)
 
-Cached: 2 G d per token in full layers, a ring of w rows of 2 G d in slide layers, nothing in layers that reuse.
-Our choice: w counts the token itself (the released code's window counts previous tokens, w = that + 1); without
-a plan the reference one goes on over the depth; a bare slide_reuse reuses -1, a bare full_reuse the nearest
-full layer. A windowed layer may read a full one's keys, not the other way round: they would be evicted.
+Cached: 2 G d per token in full layers, a ring of w rows of 2 G d in slide layers, nothing in layers that
+reuse. Our choice: w counts the token itself (the released code's window counts previous tokens, w = that
++ 1); without a plan the reference one goes on over the depth; a bare slide_reuse reuses -1, a bare full_reuse
+the nearest full layer. A windowed layer may read a full one's keys, not the other way round: they would be
+evicted.
 """
 
 from __future__ import annotations
@@ -112,8 +114,8 @@ def _nearest_full(layers: Sequence[Layer], i: int) -> int:
         summary="Sliding windows in most layers, and keys reused across layers of a kind.",
         cached="k, v: all of full layers, a window of slide layers, nothing where they are reused",
         claims=(
-            "far less memory and faster decoding at similar short-context quality; a few full layers with keys "
-            "made in deep layers are needed for long contexts",
+            "far less memory and faster decoding at similar short-context quality; a few full layers with "
+            "keys made in deep layers are needed for long contexts",
         ),
         small={"window": 5},
         layers=7,

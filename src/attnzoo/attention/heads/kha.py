@@ -40,7 +40,7 @@ class SharedHeadMap(Stage):
         self, shapes: dict[str, tuple[int, int]], kind: str, targets: tuple[str, ...], decay: bool
     ) -> None:
         super().__init__()
-        self.shapes, self.kind, self.targets = shapes, kind, targets
+        self.shapes, self.kind, self.targets, self.sides = shapes, kind, targets, "".join(targets)
         parts = {"linear": ("T",), "mlp": ("up", "gate", "down"), "gate": ("gate",)}[kind]
         for target in targets:
             width = shapes[target][1]
@@ -116,6 +116,9 @@ def kha(
             raise ValueError(
                 f"kind: a latent projection caches no values, only linear fits, got {kind!r}; set kind=linear"
             )
-        done.put("refine", SharedHeadMap(done.shapes(), kind, chosen, decay_shared))
+        # borrowed keys and values were mapped by the layer that made them
+        own = tuple(t for t in chosen if t == "q") if done.borrows else chosen
+        if own:
+            done.put("refine", SharedHeadMap(done.shapes(), kind, own, decay_shared))
 
     draft.last(complete)
