@@ -14,49 +14,13 @@ of D / H, so that a layer has about 6 D^2 parameters; A_log = log U(1e-3, 16), f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.stages.combine import Gate, HeadNorm
+from attnzoo.attention.stages.gates import StepDecayBeta
 from attnzoo.attention.stages.refine import Activation, L2Norm, ShortConv
-from attnzoo.cost import Work
 from attnzoo.registry import Card, register
-
-
-class StepDecayBeta(Stage):
-    """Log decay and write strength per value head, from x.
-
-    Args:
-        neg_eigval: beta in (0, 2), so that a write may flip what a key held.
-    """
-
-    kind = "delta"
-
-    def __init__(self, draft: Draft, neg_eigval: bool) -> None:
-        super().__init__()
-        self.sizes, self.top = (draft.dim, draft.o_heads), 2.0 if neg_eigval else 1.0
-        self.decay = draft.linear("decay", *self.sizes)
-        self.beta = draft.linear("beta", *self.sizes)
-        rate = torch.empty(draft.o_heads).uniform_(1e-3, 16)
-        step = torch.empty(draft.o_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
-        self.A_log = flag(nn.Parameter(rate.log()), decay=False, reinit=False)
-        self.dt_bias = flag(nn.Parameter(step + torch.log(-torch.expm1(-step))), decay=False, reinit=False)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
-        a, b = self.decay(call.x), self.beta(call.x)
-        wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-        g = -self.A_log.to(wide).exp() * F.softplus(a.to(wide) + self.dt_bias.to(wide))
-        return Terms(q, k, v, g=g, beta=self.top * torch.sigmoid(b.to(wide)))
-
-    def work(self, length: int) -> Iterable[Work]:
-        yield Work("gates", "decay and beta", 4 * length * self.sizes[0] * self.sizes[1])
 
 
 @register(

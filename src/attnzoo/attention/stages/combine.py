@@ -19,20 +19,39 @@ from attnzoo_kernels.norm_gate import MAX_WIDTH, norm_gate
 
 
 class HeadNorm(Stage):
-    """RMSNorm over each head's output with one gain ``(d_v,)`` shared by the heads."""
+    """RMSNorm over each head's output with one gain ``(d_v,)`` shared by the heads, or without a gain."""
 
     rank = 30
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
-        self.gain = flag(nn.Parameter(torch.ones(width)), decay=False)
+        self.gain = flag(nn.Parameter(torch.ones(width)), decay=False) if affine else None
         self.eps = eps
 
     def forward(self, o: Tensor, call: Call, gate: Tensor | None = None, act: str = "silu") -> Tensor:
         """``gate`` and ``act``: those of the stage that follows, where a kernel does both."""
+        gain = o.new_ones(o.shape[-1]) if self.gain is None else self.gain
         if gate is not None or _kernel_runs(o, call):
-            return norm_gate(o, self.gain, gate, activation=act, eps=self.eps, impl=call.impl)
-        return rms_norm(o, self.gain, self.eps)
+            return norm_gate(o, gain, gate, activation=act, eps=self.eps, impl=call.impl)
+        return rms_norm(o, gain, self.eps)
+
+
+class FullNorm(Stage):
+    """RMSNorm over all heads' outputs together, ``(H d_v,)`` gains, or over ``groups`` equal parts of them."""
+
+    rank = 30
+
+    def __init__(self, heads: int, width: int, eps: float = 1e-5, groups: int = 1) -> None:
+        super().__init__()
+        self.gain = flag(nn.Parameter(torch.ones(heads * width)), decay=False)
+        self.eps, self.groups = eps, groups
+
+    def forward(self, o: Tensor, call: Call) -> Tensor:
+        flat = o.flatten(2)
+        if self.groups == 1:
+            return rms_norm(flat, self.gain, self.eps).view_as(o)
+        parts = flat.unflatten(-1, (self.groups, -1))
+        return (rms_norm(parts, parts.new_ones(parts.shape[-1]), self.eps).flatten(2) * self.gain).view_as(o)
 
 
 class LocalConv(Stage):
@@ -112,6 +131,34 @@ class Gate(Stage):
         yield Work(
             "gates", "output gate", 2 * length * self.dim * self.shape[0] * self.shape[1], per_head=True
         )
+
+
+class LowRankGate(Gate):
+    """``o * act(x G_1 G_2 + b)``: a gate per channel through ``bottleneck`` channels."""
+
+    def __init__(
+        self,
+        site: Site,
+        dim: int,
+        num_heads: int,
+        width: int,
+        act: Callable[[Tensor], Tensor],
+        bottleneck: int,
+        bias: bool = False,
+    ) -> None:
+        Stage.__init__(self)
+        self.shape, self.dim, self.act, self.rescale = (num_heads, width), dim, act, 1.0
+        self.bottleneck = bottleneck
+        self.down = site.weights.linear("gate_down", dim, bottleneck)
+        self.gate = site.weights.linear("gate", bottleneck, num_heads * width, bias)
+
+    def before(self, call: Call) -> Tensor:
+        return self.gate(self.down(call.x)).unflatten(-1, self.shape)
+
+    def work(self, length: int) -> Iterable[Work]:
+        yield Work("gates", "output gate, down", 2 * length * self.dim * self.bottleneck)
+        up = 2 * length * self.bottleneck * self.shape[0] * self.shape[1]
+        yield Work("gates", "output gate", up, per_head=True)
 
 
 # Activations that the kernel knows.

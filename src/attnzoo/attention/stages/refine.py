@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +64,19 @@ class ShortConv(Stage):
     token itself. Taps start as in Conv1d, U(-1/sqrt(n), 1/sqrt(n)), and are not re-initialised.
 
     Args:
-        shapes: (heads, width) of q, k, v. size: taps n. acts: activation of q, k, v.
+        shapes: (heads, width) of q, k, v. size: taps n. acts: activation of q, k, v, or None.
+        bias: one per channel, added before the activation; it starts as the taps do.
     """
 
     rank = 10
     names = ("conv_q", "conv_k", "conv_v")
 
     def __init__(
-        self, shapes: list[tuple[int, int]], size: int, acts: list[Callable[[Tensor], Tensor]]
+        self,
+        shapes: list[tuple[int, int]],
+        size: int,
+        acts: Sequence[Callable[[Tensor], Tensor] | None],
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if size < 1:
@@ -80,13 +85,20 @@ class ShortConv(Stage):
         for name, (heads, width) in zip(self.names, shapes, strict=True):
             taps = nn.Parameter(torch.empty(heads * width, size).uniform_(-1, 1) / math.sqrt(size))
             self.register_parameter(name, flag(taps, decay=False, reinit=False))
+            more = None
+            if bias:
+                start = torch.empty(heads * width).uniform_(-1, 1) / math.sqrt(size)
+                more = flag(nn.Parameter(start), decay=False, reinit=False)
+            self.register_parameter(f"{name}_bias", more)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self._one(i, z, call) for i, z in enumerate((q, k, v)))
 
     def _one(self, i: int, z: Tensor, call: Call) -> Tensor:
         flat = z.transpose(1, 2).flatten(2)
-        y = causal_conv(flat, getattr(self, self.names[i]), call, self.names[i], self.acts[i])
+        name = self.names[i]
+        bias = getattr(self, f"{name}_bias")
+        y = causal_conv(flat, getattr(self, name), call, name, self.acts[i], bias)
         return y.unflatten(-1, self.shapes[i]).transpose(1, 2)
 
     def memory(self) -> dict[str, Slot]:
@@ -111,10 +123,15 @@ class Activation(Stage):
 
 
 def causal_conv(
-    z: Tensor, taps: Tensor, call: Call, slot: str, act: Callable[[Tensor], Tensor] | None = None
+    z: Tensor,
+    taps: Tensor,
+    call: Call,
+    slot: str,
+    act: Callable[[Tensor], Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Depthwise convolution of ``z`` ``(B, T, C)`` with ``taps`` ``(C, n)`` over the token's own document,
-    then ``act``."""
+    plus ``bias`` ``(C,)``, then ``act``."""
     n, T = taps.shape[1], z.shape[1]
     order = None if call.line.doc is None else call.line.order
     kernel = n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton"
@@ -124,7 +141,7 @@ def causal_conv(
         fused = "silu" if act is F.silu else None
         tail, now = both.split([both.shape[1] - T, T], dim=1)
         tail = tail if tail.shape[1] else None
-        y = short_conv(now, taps, activation=fused, tail=tail, order=order, impl="triton")
+        y = short_conv(now, taps, bias, activation=fused, tail=tail, order=order, impl="triton")
         return y if act is None or fused else act(y)
     y = both[:, n - 1 :] * taps[:, n - 1]
     for back in range(1, n):
@@ -132,4 +149,6 @@ def causal_conv(
         if order is not None:
             before = torch.where((order >= back)[..., None], before, torch.zeros((), dtype=z.dtype))
         y = torch.addcmul(y, before, taps[:, n - 1 - back].to(before.dtype))
+    if bias is not None:
+        y = y + bias.to(y.dtype)
     return y if act is None else act(y)
