@@ -125,6 +125,19 @@ class Sinks(Mask):
 
 
 @dataclass(frozen=True)
+class Blocks(Mask):
+    """Keys of the query's own block of ``size`` tokens, blocks being counted inside the document."""
+
+    size: int
+
+    def rule(self, q: Tensor, k: Tensor) -> Tensor:
+        return q // self.size == k // self.size
+
+    def reach(self) -> int:
+        return self.size - 1
+
+
+@dataclass(frozen=True)
 class Both(Mask):
     """Keys that both masks show."""
 
