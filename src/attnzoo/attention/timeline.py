@@ -115,6 +115,17 @@ class Timeline:
                 f"make it with new_cache(batch_size, {need})"
             )
 
+    def place(self, room: int, field: str) -> Tensor:
+        """``(B or 1, T)`` index of each token in its document, for what has ``room`` entries; 0 at padding.
+
+        Raises:
+            ValueError: a document is longer; ``field`` is the option that sets the room.
+        """
+        order = self.order if self.valid is None else torch.where(self.valid, self.order, 0)
+        if self.past + self.length > room and (longest := int(order.max()) + 1) > room:
+            raise ValueError(f"{field}: a document has {longest} tokens, there is room for {room}; raise it")
+        return order
+
     def once(self, key: Hashable, make: Callable[[], object]) -> object:
         """A value that all layers of this forward share."""
         if key not in self.memo:
