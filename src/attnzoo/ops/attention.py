@@ -33,8 +33,9 @@ class Keys(NamedTuple):
         axis: order and document of each key; None = ``0..S-1`` of one document.
         aligned: key ``S - T + i`` is query ``i``'s own token, in every row.
         k_map, v_map: ``(H,)`` which key and value head each query head reads; None = consecutive groups.
-        rest: ``(B, 1, S, d_r)``, for latents: k is v, and the whole key is v followed by it. Kernels read the
-            latent once; what needs whole keys has them joined first.
+        rest: ``(B, 1 or G, S, d_r)``, for latents: k is v, and the whole key is v followed by it; of the two,
+            the one with a single head serves all heads of the other. Kernels read the latent once; what needs
+            whole keys has them joined first.
     """
 
     k: Tensor
@@ -129,7 +130,7 @@ def attention(
         span = adapters.span_of(own, query, keys.v.shape[2])
         rope = None if keys.rest is None else keys.rest[:, 0]
         return latent_decode(q, keys.v[:, 0], rope, span, scale=scale, impl="triton")
-    pairs = [(_with_axis(_whole(keys)), m) for keys, m in pairs]
+    pairs = [(_with_axis(whole(keys)), m) for keys, m in pairs]
     if impl != "reference" and len(pairs) == 1 and not also:
         keys, own = pairs[0]
         if impl == "triton" and keys.aligned and adapters.band_of(own) is not None:
@@ -160,13 +161,19 @@ def _kernels(
 def _decodes_latents(q: Tensor, keys: Keys, mask: Mask) -> bool:
     """One new token over cached latents, without gradients, where our kernels may run."""
     one = keys.k is keys.v and keys.aligned and q.shape[2] == 1 and not torch.is_grad_enabled()
-    if not one or adapters.band_of(mask) is None:
+    heads = keys.k.shape[1] if keys.rest is None else max(keys.k.shape[1], keys.rest.shape[1])
+    if not one or heads > 1 or adapters.band_of(mask) is None:
         return False
     return choose("latent_decode", "auto", q, keys.v) == "triton"
 
 
-def _whole(keys: Keys) -> Keys:
-    return keys if keys.rest is None else keys._replace(k=torch.cat([keys.k, keys.rest], dim=-1), rest=None)
+def whole(keys: Keys) -> Keys:
+    """Latents and what follows them joined to whole keys."""
+    if keys.rest is None:
+        return keys
+    heads = max(keys.k.shape[1], keys.rest.shape[1])
+    k, rest, v = (z.expand(-1, heads, -1, -1) for z in (keys.k, keys.rest, keys.v))
+    return keys._replace(k=torch.cat([k, rest], dim=-1), v=v, rest=None)
 
 
 def _with_axis(keys: Keys) -> Keys:
