@@ -138,11 +138,11 @@ class Frame:
 
 
 def set_heads(draft: Draft, num_kv_heads: int | None, head_dim: int | None) -> None:
-    """Head counts and widths from the options; see `ScoreFrame.begin` for the rules."""
+    """Head counts and widths from the options; `check_groups` looks at the counts that variants leave."""
     H, D = draft.num_heads, draft.dim
     G = H if num_kv_heads is None else num_kv_heads
-    if G < 1 or G > H or H % G:
-        raise ValueError(f"num_kv_heads: must divide num_heads={H}, got {G}; choose one of {_divisors(H)}")
+    if G < 1 or G > H:
+        raise ValueError(f"num_kv_heads: must be in 1..num_heads={H}, got {G}; choose one of {_divisors(H)}")
     if head_dim is None and D % H:
         raise ValueError(
             f"dim: must be divisible by num_heads={H}, got {D}; change one of them or set head_dim"
@@ -151,6 +151,14 @@ def set_heads(draft: Draft, num_kv_heads: int | None, head_dim: int | None) -> N
     if draft.head_dim < 1:
         raise ValueError(f"head_dim: must be at least 1, got {draft.head_dim}")
     draft.v_head_dim, draft.o_heads = draft.head_dim, H
+
+
+def check_groups(draft: Draft) -> None:
+    """Query heads share key heads in groups of one size, unless the projection says which reads which."""
+    project, H, G = draft.slots["project"], draft.score_heads or draft.num_heads, draft.num_kv_heads
+    mapped = hasattr(project, "maps") and project.maps()[0] is not None
+    if H % G and not mapped:
+        raise ValueError(f"num_kv_heads: must divide num_heads={H}, got {G}; choose one of {_divisors(H)}")
 
 
 class ScoreFrame(Frame):
@@ -200,6 +208,7 @@ class ScoreFrame(Frame):
                 num_v_heads=draft.shapes()["v"][0],
             ),
         )
+        check_groups(draft)
         project.lends = draft.lends
         if host["qk_norm"]:
             sides = "q" if draft.borrows else "qk"
@@ -236,7 +245,7 @@ class RecurrentFrame(Frame):
 
     title = "RecurrentAttention"
     slots = ("project", "refine", "position", "gates", "scan", "combine", "out", "after")
-    absent = {
+    absent: Mapping[str, str] = {
         "window": "a state is a sum over the past from which no single key can be taken out again",
         "n_sink": "a state is a sum over the past, without a window that sinks could extend",
     }
@@ -280,6 +289,7 @@ class RecurrentFrame(Frame):
                 num_v_heads=draft.shapes()["v"][0],
             ),
         )
+        check_groups(draft)
         if host["qk_norm"]:
             draft.slots["refine"].append(QKNorm(draft.project_width or draft.head_dim, host["norm_eps"]))
         add_gate(draft)

@@ -1,4 +1,4 @@
-"""The command line: `attnzoo list | show | train | generate | doctor | bench`. Importing it is light."""
+"""The command line: `attnzoo list | show | train | generate | convert | doctor | bench`; light to import."""
 
 from __future__ import annotations
 
@@ -93,6 +93,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int)
     generate.add_argument("--stop", action="append", default=[], help="end at this text; may be repeated")
     generate.set_defaults(command=_command("generate", "generate_command"))
+
+    convert = commands.add_parser(
+        "convert", help="turn a run's model into another variant, as a start for it"
+    )
+    convert.add_argument("run", help="a run folder")
+    convert.add_argument("method", help="gqa, transmla, mha2mla, elitekv, xecomla, dha, tpla, tensorllm, ...")
+    convert.add_argument("out", help="the new folder")
+    convert.add_argument("option", nargs="*", help="key=value, of the method; see docs/conversions.md")
+    convert.add_argument("--samples", type=int, default=16, help="of text for calibration")
+    convert.set_defaults(command=_command("convert", "convert_command"))
 
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which implementation each variant uses here"

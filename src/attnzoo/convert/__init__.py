@@ -1,0 +1,6 @@
+"""Checkpoints of one variant as a start for another: see `convert` and ``METHODS``."""
+
+from attnzoo.convert.methods import METHODS, Method, Target
+from attnzoo.convert.model import Report, convert
+
+__all__ = ["METHODS", "Method", "Report", "Target", "convert"]

@@ -31,7 +31,7 @@ def pool(W: Tensor, heads: int, groups: int, method: str = "mean", seed: int = 0
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
         return 0.02 * torch.randn(len(W), W.shape[1] * groups // heads, generator=generator, dtype=W.dtype)
-    raise ValueError(f"method: must be 'mean', 'first', 'random' or 'svd', got {method!r}")
+    raise ValueError(f"pooling: must be 'mean', 'first', 'random' or 'svd', got {method!r}")
 
 
 def grouped(layer: Layer, groups: int, method: str = "mean") -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def grouped(layer: Layer, groups: int, method: str = "mean") -> dict[str, Tensor
 def _shared_values(layer: Layer, groups: int) -> dict[str, Tensor]:
     H, G, d = layer.heads, layer.kv_heads, layer.head_dim
     if "b_v" in layer.weights:
-        raise ValueError("method: svd does not fold a bias of values, got one; use mean")
+        raise ValueError("pooling: svd does not fold a bias of values, got one; use mean")
     W_v, W_o = heads_of(layer.weights["W_v"], G), layer.weights["W_o"].unflatten(0, (H, d))
     values, outs = [], []
     for group in W_v.unflatten(0, (groups, -1)):

@@ -167,6 +167,8 @@ def trans_mla(
     Merging and turning the keys is exact at freqfold 1, balancing always; dropping the rotation of the other
     channels, folding, collapsing and cutting the rank are approximations.
     """
+    if layer.theta is None:
+        raise ValueError("pos: TransMLA keeps a rotary key, got a source with pos=none; use mha2mla")
     H, G, d = layer.heads, layer.kv_heads, layer.head_dim
     x, W_q, W_v = layer.inputs(), layer.weights["W_q"], layer.weights["W_v"]
     U, keep = fold(layer, freqfold, collapse)

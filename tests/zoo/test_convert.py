@@ -1,0 +1,410 @@
+"""Conversions: what is exact is exact, the rest equals what the papers' own code makes of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnzoo
+from attnzoo.convert import METHODS, convert, heads, rope
+from attnzoo.convert.factors import atoms, reconstruct, stacked, tucker
+from attnzoo.convert.latent import energy_rank, hadamard, tensor_parallel, x_eco_mla
+from attnzoo.convert.layer import Layer, heads_of, side_by_side
+from golden import load_spec_weights
+
+FILES = Path(__file__).parents[1] / "golden"
+D, H, d = 32, 4, 8
+
+
+def golden(name: str) -> dict[str, Any]:
+    return torch.load(FILES / f"{name}.op.pt", weights_only=True)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-9) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def source(kv_heads: int = H) -> Layer:
+    G = kv_heads
+    weights = {
+        "W_q": draw(D, H * d),
+        "W_k": draw(D, G * d),
+        "W_v": draw(D, G * d),
+        "W_o": draw(H * d, D),
+    }
+    return Layer({k: v / D**0.5 for k, v in weights.items()}, H, G, d, 10000.0, draw(2, 23, D))
+
+
+def run(name: str, weights: dict[str, Tensor], x: Tensor, **options: Any) -> Tensor:
+    mixer = attnzoo.create(name, D, H, **options).double()
+    return load_spec_weights(mixer, weights)(x)
+
+
+def plain(layer: Layer, **options: Any) -> Tensor:
+    return run("gqa", layer.weights, layer.x, num_kv_heads=layer.kv_heads, **options)
+
+
+# Papers' own code
+
+
+def test_mean_pooling_equals_the_released_code() -> None:
+    file = golden("c1_mha_to_gqa")
+    given = dict(file["weights"])
+    biases = zip(("b_q", "b_k", "b_v"), given.pop("b_qkv").split(H * d), strict=True)
+    pooled = heads.grouped(Layer(given | dict(biases), H, H, d), 2)
+    for symbol, expected in file["extra"].items():
+        close(pooled[symbol], expected)
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_transmla_equals_the_released_code(case: int) -> None:
+    file = golden("c2_transmla")
+    case, options = file["extra"]["cases"][case], file["extra"]["cases"][case]["spec_options"]
+    layer = Layer(file["weights"], H, 2, d, 10000.0, file["x"])
+    sizes = {"freqfold": options["freqfold"], "collapse": options["collapse"]}
+    d_r = d // options["collapse"]
+    full = 2 * 2 * d - d_r
+    for rank, q_rank, y in (
+        (options["kv_rank"], options["q_rank"], case["y_mla"]),
+        (full, 0, case["y_rope_removed"]),
+    ):
+        found = rope.trans_mla(layer, rank, q_rank, balance=options["balance"], **sizes)._asdict()
+        weights = {k: v for k, v in found.items() if v is not None}
+        shape = {"kv_lora_rank": rank, "q_lora_rank": q_rank, "qk_rope_head_dim": d_r, "v_head_dim": d}
+        close(run("mla", weights, file["x"], latent_norm=False, allow_expand=True, **shape), y)
+    # the rotary slice keeps these pairs, which are those of a rotary slice of its own width
+    kept = torch.arange(d_r // 2) * options["collapse"]
+    assert kept.tolist() == case["freq_pairs"].tolist()
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_xecomla_equals_the_released_code(case: int) -> None:
+    file = golden("c4_xecomla")
+    case = file["extra"]["cases"][case]
+    options = case["spec_options"]
+    layer = Layer(file["weights"] | {"W_o": case["W_o"]}, H, 2, d)
+    ranks = (options["kv_lora_rank"], options["q_lora_rank"])
+    d_n, d_r = options["qk_nope_head_dim"], options["qk_rope_head_dim"]
+    found = x_eco_mla(layer, *ranks, d_n, d_r)
+    # the released code keeps rotary channels in their order and pairs neighbours
+    back = torch.cat([torch.arange(0, d_r, 2), torch.arange(1, d_r, 2)]).argsort()
+    queries = heads_of(found.W_dq @ found.W_uq, H)
+    queries = torch.cat([queries[..., :d_n], queries[..., d_n:][..., back]], dim=-1)
+    close(side_by_side(queries), case["W_q_lowrank"])
+    down, W_kr = found.W_dkv.split([ranks[0], d_r], dim=1)
+    close(down @ found.W_ukv, case["W_kv_lowrank"])
+    close(W_kr[:, back], case["W_kr"])
+    close(run("mla", found._asdict(), case["x"], latent_norm=False, allow_expand=True, **options), case["y"])
+
+
+def test_energy_ranks_equal_the_released_code() -> None:
+    file = golden("c4_xecomla")
+    found = [energy_rank(file["weights"]["W_q"], tau) for tau in file["extra"]["energy_tau"]]
+    assert found == file["extra"]["energy_rank_W_q"]
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_tucker_factors_equal_the_independent_ones(case: int) -> None:
+    file = golden("c8_tensorllm")
+    case = file["extra"]["cases"][case]
+    layer, ranks = Layer(file["weights"], H, H, d), tuple(case["ranks"])
+    W = stacked(layer)
+    for iterate, key in ((False, "rel_err_hosvd"), (True, "rel_err_hooi")):
+        error = torch.linalg.norm(reconstruct(tucker(layer, ranks, iterate)) - W) / torch.linalg.norm(W)
+        assert abs(float(error) - case[key]) < 1e-6
+    parts = tucker(layer, ranks)
+    hat = reconstruct(parts)
+    for c, symbol in enumerate(("W_q", "W_k", "W_v")):
+        if "W_hat_hosvd" in case:
+            close(hat[:, :, c].permute(0, 2, 1).flatten(1), case["W_hat_hosvd"][symbol])
+    if "W_hat_hosvd" in case:
+        close(hat[:, :, 3].permute(2, 1, 0).flatten(0, 1), case["W_hat_hosvd"]["W_o"])
+    lost = sum(
+        torch.linalg.svdvals(W.movedim(m, 0).flatten(1))[r:].square().sum() for m, r in enumerate(ranks)
+    )
+    assert torch.linalg.norm(hat - W).square() <= lost + 1e-12
+
+
+def test_greedy_pairs_equal_the_released_code() -> None:
+    file = golden("c9_elitekv")
+    layer = Layer(file["weights"], H, H, d, 10000.0, file["x"])
+    order, distance = rope.greedy_pairs(layer, 3)
+    assert torch.equal(order, file["extra"]["greedy_order"])
+    close(distance, file["extra"]["greedy_distance"])
+    F = rope.choose_pairs(layer, 2, "greedy")
+    assert torch.equal(F, file["extra"]["F"])
+    found, expected = rope.partial_rope(layer, F, 18), file["extra"]["converted"]
+    for symbol in ("W_qe", "W_qn", "W_ke", "W_o"):
+        close(getattr(found, symbol), expected[symbol])
+    close(found.W_dkv @ found.W_ukv, expected["W_dkv"] @ expected["W_ukv"])
+
+
+# What is exact
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_copied_heads_pool_exactly(pooling: str) -> None:
+    layer = source(2)
+    wide = dict(layer.weights)
+    for name in "kv":
+        wide[f"W_{name}"] = side_by_side(heads_of(wide[f"W_{name}"], 2).repeat_interleave(2, 0))
+    pooled = heads.grouped(Layer(wide, H, H, d), 2, pooling)
+    for symbol, expected in layer.weights.items():
+        close(pooled[symbol], expected)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_values_of_low_rank_share_exactly(calibrated: bool) -> None:
+    """Value heads of a group that span no more than one head's width become one, keys being copies."""
+    layer = source(2)
+    keys = heads_of(layer.weights["W_k"], 2).repeat_interleave(2, 0)
+    values = [heads_of(layer.weights["W_v"], 2)[h // 2] @ draw(d, d) for h in range(H)]
+    wide = layer.weights | {"W_k": side_by_side(keys), "W_v": side_by_side(torch.stack(values))}
+    full = Layer(wide, H, H, d, 10000.0, layer.x if calibrated else None)
+    pooled = heads.grouped(full, 2, "svd")
+    close(
+        run("gqa", pooled, layer.x, num_kv_heads=2),
+        run("mha", wide, layer.x),
+    )
+
+
+def test_turning_keys_across_heads_is_exact_at_freqfold_1() -> None:
+    """The fold's rotations act alike on both channels of a pair, so they commute with RoPE."""
+    file = golden("c2_transmla")
+    layer = Layer(file["weights"], H, 2, d, 10000.0, file["x"])
+    U, _ = rope.fold(layer, 1, 1)
+    W = layer.weights["W_k"].unflatten(1, (2, 2, d // 2))  # (D, G, c, f)
+    turned = torch.einsum("dgcf,fge->decf", W, U).flatten(1)
+    q = layer.weights["W_q"].unflatten(1, (H, 2, d // 2))
+    own = U[:, torch.arange(H) // 2]  # (f, H, e)
+    slots = torch.einsum("dhcf,fhe->dhecf", q, own)
+    x, total = layer.x, torch.zeros(())
+    for e in range(2):
+        both = (
+            (x @ slots[:, :, e].flatten(1)).unflatten(-1, (H, d)),
+            (x @ turned.unflatten(1, (2, d))[:, e])[..., None, :],
+        )
+        z = [rope.turn_pairs(z.transpose(1, 2).unflatten(-1, (2, d // 2)), 1e4).flatten(-2) for z in both]
+        total = total + z[0] @ z[1].mT
+    T = x.shape[1]
+    p = (total / d**0.5).masked_fill(~torch.ones(T, T).tril().bool(), float("-inf")).softmax(-1)
+    v = (x @ layer.weights["W_v"]).unflatten(-1, (2, d)).transpose(1, 2).repeat_interleave(2, 1)
+    y = (p @ v).transpose(1, 2).flatten(2) @ layer.weights["W_o"]
+    close(y, file["extra"]["y_exact_freqfold1"])
+    close(y, file["y"])
+
+
+def test_balancing_is_exact_at_full_rank() -> None:
+    layer = source(2)
+    full = 2 * 2 * d - d
+    products = []
+    for balance in (0.3, 1.0, 5.0):
+        found = rope.trans_mla(layer, full, balance=balance)
+        products.append(found.W_dkv[:, :full] @ found.W_ukv)
+    close(products[0], products[1])
+    close(products[2], products[1])
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("strategy", ["high", "low", "uniform", "norm", "greedy"])
+def test_partial_rope_with_all_pairs_is_exact(strategy: str, kv_heads: int) -> None:
+    layer = source(kv_heads)
+    F = rope.choose_pairs(layer, d // 2, strategy)
+    assert torch.equal(F, torch.arange(d // 2).expand(kv_heads, -1))
+    found = rope.partial_rope(layer, F, kv_heads * d)
+    joint = (found.W_dkv @ found.W_ukv).unflatten(1, (kv_heads, d))
+    close(joint.flatten(1), layer.weights["W_v"])
+    close(found.W_ke, layer.weights["W_k"])
+
+
+def test_greedy_choice_ends_at_the_source() -> None:
+    order, distance = rope.greedy_pairs(source(), d // 2)
+    assert torch.equal(order.sort(1).values, torch.arange(d // 2).expand(H, -1))
+    assert distance[:, -1].max() < 1e-12
+
+
+def latent_layer(rank: int) -> Layer:
+    weights = {
+        "W_uq": draw(D, H * (d + 4)),
+        "W_dkv": draw(D, rank + 4),
+        "gamma_kv": 1 + 0.3 * draw(rank),
+        "W_ukv": draw(rank, H * 2 * d),
+        "W_o": draw(H * d, D),
+    }
+    return Layer(
+        {k: v / (D**0.5 if v.dim() == 2 else 1) for k, v in weights.items()}, H, H, d, 1e4, draw(2, 23, D)
+    )
+
+
+@pytest.mark.parametrize("basis", ["pca", "hadamard"])
+def test_folding_and_turning_the_latent_is_exact_for_mla(basis: str) -> None:
+    layer = latent_layer(16)
+    options = {"kv_lora_rank": 16, "qk_rope_head_dim": 4}
+    found = tensor_parallel(layer, 2, basis)
+    close(run("mla", found.weights, layer.x, **options), run("mla", layer.weights, layer.x, **options))
+    assert abs(sum(found.energy) - 1) < 1e-12
+    if basis == "pca":
+        assert found.energy[0] > found.energy[1]
+        assert all(abs(g * e - 1) < 1e-12 for g, e in zip(found.gain, found.energy, strict=True))
+
+
+def test_hadamard_is_orthogonal() -> None:
+    M = hadamard(16, seed=3)
+    close(M @ M.T, torch.eye(16).double())
+
+
+def test_fused_groups_of_equal_heads_are_exact() -> None:
+    """Two layers whose heads repeat: the search finds the copies, wherever they stand."""
+    layers = []
+    for _ in range(2):
+        layer = source(2)
+        order = torch.tensor([0, 1, 0, 1])  # not neighbours
+        wide = layer.weights | {
+            f"W_{n}": side_by_side(heads_of(layer.weights[f"W_{n}"], 2)[order]) for n in "kv"
+        }
+        layers.append(Layer(wide, H, H, d, 1e4, layer.x))
+    for layer, found in zip(layers, heads.fuse(layers, 8), strict=True):
+        assert found.key_map == found.value_map == [0, 1, 0, 1]
+        for name, table in (("k", found.key_map), ("v", found.value_map)):
+            close(side_by_side(heads_of(found.weights[f"W_{name}"], 2)[table]), layer.weights[f"W_{name}"])
+
+
+def test_contiguous_fusion_is_mean_pooling() -> None:
+    layer = source()
+    for name in "kv":  # the pairs (0, 1) and (2, 3) are alike but not equal
+        blocks = heads_of(layer.weights[f"W_{name}"], H)
+        blocks = blocks[[0, 0, 2, 2]] + 0.01 * draw(H, D, d)
+        layer.weights[f"W_{name}"] = side_by_side(blocks)
+    (found,) = heads.fuse([layer], 4)
+    pooled = heads.grouped(layer, 2)
+    close(found.weights["W_k"], pooled["W_k"])
+    close(found.weights["W_v"], pooled["W_v"])
+
+
+def test_shared_heads_go_to_roots() -> None:
+    first = source()
+    second, third = (Layer({k: v.clone() for k, v in first.weights.items()}, H, H, d) for _ in range(2))
+    third.weights["W_q"] = second.weights["W_q"] + 1e-3 * draw(D, H * d)
+    table = heads.nearest_heads([first, second, third], rate=2 / 3)
+    assert len(table) == 2 * H
+    assert all(root[0] == 0 and root[1] == own[1] for own, root in table)
+
+
+def test_atoms_are_the_best_and_exact_with_one_per_layer() -> None:
+    matrices = draw(5, 6, 7)
+    for count in (2, 5):
+        found = atoms(matrices, count)
+        error = torch.einsum("ls,snm->lnm", found.coefficients, found.atoms) - matrices
+        left = torch.linalg.svdvals(matrices.flatten(1))[count:].square().sum()
+        assert abs(error.square().sum() - left) < 1e-12
+
+
+# Whole models
+
+
+TEXT = {"calibration": torch.randint(0, 61, (4, 33)), "held_out": torch.randint(0, 61, (4, 33))}
+WHOLE = {
+    "gqa": {"num_kv_heads": 2},
+    "transmla": {"kv_rank": 24},
+    "mha2mla": {"num_rope_pairs": 2, "kv_rank": 20},
+    "elitekv": {"num_rope_pairs": 2, "kv_rank": 20},
+    "xecomla": {"kv_rank": 24, "q_rank": 24},
+    "dha": {"budget": 10},
+    "tpla": {},
+    "tensorllm": {"rank_model": 24, "rank_head": 6},
+    "headshare": {},
+    "masa": {"num_atoms": 2},
+}
+EXACT = {
+    "gqa": {"num_kv_heads": 4},
+    "mha2mla": {"num_rope_pairs": 4, "kv_rank": 32},
+    "elitekv": {"num_rope_pairs": 4, "kv_rank": 32},
+    "dha": {"budget": 24},
+    "tensorllm": {"rank_model": 32, "rank_head": 8},
+    "headshare": {"share_rate": 0.0},
+    "masa": {"num_atoms": 3, "share": "qkvo"},
+}
+
+
+def model(method: str, **options: Any) -> torch.nn.Module:
+    name = "mla" if "mla" in METHODS[method].sources else "mha"
+    made = attnzoo.create_model(name, vocab_size=61, dim=D, depth=3, num_heads=H, **options).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(4 if p.dim() > 1 else 1)
+    return made
+
+
+def test_every_method_is_tried() -> None:
+    assert set(WHOLE) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_a_model_converts(method: str) -> None:
+    source = model(method)
+    new, report = convert(source, method, **TEXT, **WHOLE[method])
+    assert report.logit_change > 0
+    assert all(torch.isfinite(torch.tensor(report.loss)))
+    again = attnzoo.create_model(**new.config).double()
+    again.load_state_dict(new.state_dict())
+    assert torch.equal(again(TEXT["held_out"]), new(TEXT["held_out"]))
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_model_converts_exactly(method: str) -> None:
+    source = model(method)
+    new, report = convert(source, method, **TEXT, **EXACT[method])
+    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
+    assert report.logit_change < 1e-9 and abs(report.loss[0] - report.loss[1]) < 1e-9
+
+
+def test_frame_options_are_kept() -> None:
+    source = model("gqa", window=7, n_sink=2, rope_theta=500.0)
+    new, _ = convert(source, "elitekv", **TEXT, **EXACT["elitekv"])
+    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        ("gka", {}, "method: 'gka'"),
+        ("gqa", {}, "num_kv_heads: gqa needs it"),
+        ("gqa", {"num_kv_heads": 3}, "num_kv_heads: must divide the 4 key heads of the source, got 3"),
+        ("gqa", {"num_kv_heads": 2, "rank": 3}, "option: 'rank' is none of gqa"),
+        ("gqa", {"num_kv_heads": 2, "pooling": "max"}, "pooling: must be one of"),
+        ("transmla", {"kv_rank": 99}, "kv_rank: must be in 1..56, got 99"),
+        ("transmla", {"kv_rank": 9, "freqfold": 3}, "freqfold: must divide the 4 pairs"),
+        ("transmla", {"kv_rank": 9, "freqfold": 2, "collapse": 4}, "collapse: must divide freqfold=2, got 4"),
+        ("elitekv", {"num_rope_pairs": 5, "kv_rank": 9}, "num_rope_pairs: must be in 0..4, got 5"),
+        ("elitekv", {"num_rope_pairs": 2, "kv_rank": 0}, "kv_rank: must be in 1..32, got 0"),
+        ("xecomla", {"kv_rank": 9, "q_rank": 99}, "q_lora_rank: must be in 1..32, got 99"),
+        ("dha", {"budget": 5}, "budget: must be in 6..24 heads, got 5"),
+        ("tpla", {"latent_shards": 3}, "latent_shards: must divide the latent's 32 channels, got 3"),
+        ("tensorllm", {"rank_model": 40, "rank_head": 8}, "rank_model: must be in 1..32, got 40"),
+        ("masa", {"num_atoms": 4}, "num_atoms: must be in 1..3 layers, got 4"),
+        ("headshare", {"share_rate": 1.5}, "share_rate: must be in 0..1, got 1.5"),
+    ],
+)
+def test_refusals(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        convert(model(method if method in METHODS else "gqa"), method, TEXT["calibration"], **options)
+
+
+def test_a_layer_that_cannot_be_read_is_named() -> None:
+    mixed = attnzoo.create_model("mha,linear,mha", vocab_size=61, dim=D, depth=3, num_heads=H)
+    with pytest.raises(ValueError, match="layer 1 is 'linear'"):
+        convert(mixed, "gqa", num_kv_heads=2)
+    gated = attnzoo.create_model("mha", vocab_size=61, dim=D, depth=2, num_heads=H, output_gate="headwise")
+    with pytest.raises(ValueError, match="layer 0 has a Gate"):
+        convert(gated, "gqa", num_kv_heads=2)
+    with pytest.raises(ValueError, match="calibration: transmla reads activations"):
+        convert(model("gqa"), "transmla", kv_rank=8)
