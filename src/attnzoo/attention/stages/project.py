@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnzoo.attention.base import Call, Site, Stage
@@ -60,3 +62,32 @@ class QKV(Early, Stage):
     def work(self, length: int) -> Iterable[Work]:
         yield Work("projections", "W_q", 2 * length * self.dim * self.sizes[0], per_head=True)
         yield Work("projections", "W_k, W_v", 2 * length * self.dim * sum(self.sizes[1:]))
+
+
+class MappedQKV(QKV):
+    """`QKV` whose query heads read key and value heads by tables, the buffers ``k_map`` and ``v_map``
+    ``(H,)``.
+
+    Args:
+        k_map, v_map: the tables; default consecutive runs, ``floor(h G / H)``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        k_map: Sequence[int] | None = None,
+        v_map: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        H, G_k, G_v = self.heads
+        for name, table, G in (("k_map", k_map, G_k), ("v_map", v_map, G_v)):
+            self.register_buffer(name, torch.tensor(consecutive(H, G) if table is None else list(table)))
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        return self.k_map, self.v_map
+
+
+def consecutive(num_heads: int, groups: int) -> list[int]:
+    """The group of each head where consecutive heads share: ``floor(h G / H)``."""
+    return [h * groups // num_heads for h in range(num_heads)]
