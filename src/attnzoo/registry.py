@@ -33,6 +33,7 @@ class Card:
     Args:
         name: registry name. title: in words. paper: title; arxiv: id. family: folder of the zoo.
         summary: one sentence. cached: what decoding stores.
+        adapted: what of the paper looks ahead, and the causal form that stands here; empty: causal by nature.
         traits: properties that hold (all True unless the mathematics forbids it); see ``TRAITS``.
         claims: headline claims of the paper with their conditions.
         small: options under which the mechanism shows at some twenty tokens; the property suite uses them
@@ -49,6 +50,7 @@ class Card:
     paper: str = ""
     arxiv: str = ""
     cached: str = "keys and values"
+    adapted: str = ""
     traits: Mapping[str, bool] = field(default_factory=dict)
     claims: tuple[str, ...] = ()
     small: Mapping[str, Any] = field(default_factory=dict)

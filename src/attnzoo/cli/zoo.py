@@ -35,6 +35,8 @@ def show_command(options: argparse.Namespace) -> int:
     if card.paper:
         print(f"Paper: {card.paper}" + (f", arXiv {card.arxiv}" if card.arxiv else ""))
     print(f"Cached: {card.cached}")
+    if card.adapted:
+        print(f"Causal form: {card.adapted}")
     for claim in card.claims:
         print(f"Claim: {claim}")
     broken = [trait for trait, holds in card.traits.items() if not holds]
