@@ -3,9 +3,9 @@
 python scripts/bench_growth.py [--lengths 512 ... 16384] [--rounds 3]
 
 By default mha, dcmha, and every variant whose cost per token, says the cost model, hardly grows with the
-length: what it promises must show. Writes benchmarks/results/growth-cpu.csv. `extra_mib` is the peak of the process's resident memory beyond what
-it held after a short warm-up; `time_exponent` and `memory_exponent` say how the figures grew since the row
-above (1 = linear, 2 = quadratic).
+length: what it promises must show. Writes benchmarks/results/growth-cpu.csv. `extra_mib` is the peak of the
+process's resident memory beyond what it held after a short warm-up; `time_exponent` and `memory_exponent` say
+how the figures grew since the row above (1 = linear, 2 = quadratic).
 """
 
 from __future__ import annotations

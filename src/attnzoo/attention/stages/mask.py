@@ -76,9 +76,10 @@ class Mask:
 @lru_cache(maxsize=256)
 def _pairs(mask: Mask, length: int) -> int:
     step, total = 1024, 0
-    keys = torch.arange(length)
+    keys = torch.arange(length, device="cpu")  # also where a mixer is made without memory
     for first in range(0, length, step):
-        total += int(mask.rule(torch.arange(first, min(first + step, length))[:, None], keys[None]).sum())
+        rows = torch.arange(first, min(first + step, length), device="cpu")
+        total += int(mask.rule(rows[:, None], keys[None]).sum())
     return total
 
 
