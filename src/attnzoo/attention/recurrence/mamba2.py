@@ -34,8 +34,8 @@ from attnzoo.registry import Card, register
 
 
 class SSMProject(Early, Stage):
-    """One matrix ``[z | x | B | C | dt]``: q = C, k = B, v = x; leaves z ``(B, T, H, P)`` and dt ``(B, T, H)``
-    in ``call.notes`` for the output's gate and the step size.
+    """One matrix ``[z | x | B | C | dt]``: q = C, k = B, v = x; leaves z ``(B, T, H, P)`` and dt
+    ``(B, T, H)`` in ``call.notes`` for the gate of the output and the step size.
     """
 
     def __init__(self, draft: Draft, bias: bool = False) -> None:

@@ -37,7 +37,7 @@ class HeadNorm(Stage):
 
 
 class FullNorm(Stage):
-    """RMSNorm over all heads' outputs together, ``(H d_v,)`` gains, or over ``groups`` equal parts of them."""
+    """RMSNorm over all heads' outputs together, gains ``(H d_v,)``, or ``groups`` equal parts of them."""
 
     rank = 30
 

@@ -153,7 +153,8 @@ class LowRankDecay(Stage):
 class ChannelDecayBeta(Stage):
     """A log decay per key channel of each value head, through a bottleneck, and a write strength per head.
 
-        g = -exp(A_log_h) softplus(x F_1 F_2 + dt_bias),   or   bound sigmoid(exp(A_log_h) (x F_1 F_2 + dt_bias))
+        g = -exp(A_log_h) softplus(x F_1 F_2 + dt_bias)
+        g = bound sigmoid(exp(A_log_h) (x F_1 F_2 + dt_bias))
 
     Args:
         bottleneck: columns of F_1. bound: least log decay of the second form; None = the first.
