@@ -7,10 +7,17 @@ from typing import Any
 import torch
 
 from attnzoo.attention.latent.gla_latent import GroupedLatent
+from attnzoo.attention.latent.mfa import KeyReuse, OneHead, SharedOut
 from attnzoo.attention.latent.tpla import ShardedLatent
-from golden import linear, plain
+from golden import linear, matrix, plain
 
 QUERIES = {"q_down.weight": linear("W_dq"), "q_gain": plain("gamma_q"), "q_up.weight": linear("W_uq|W_q")}
+FACTORS = {
+    "q_down.weight": linear("S_q"),
+    "gain": plain("gamma"),
+    "q_up.weight": linear("Q"),
+    "q_up.bias": plain("b_q"),
+}
 DOWN = {"kv_down.weight": linear("W_dkv")}
 
 WEIGHTS: dict[type, dict[str, Any]] = {
@@ -19,6 +26,19 @@ WEIGHTS: dict[type, dict[str, Any]] = {
     | {
         "kv_gain": lambda given, stage: given["gamma_kv"].flatten(),
         "kv_up.weight": lambda given, stage: given["W_ukv"].mT.flatten(0, 1),
+    },
+    OneHead: FACTORS | {"kv_proj.weight": linear("S_k", "S_v"), "kv_proj.bias": plain("b_k", "b_v")},
+    KeyReuse: FACTORS
+    | {
+        "kv_proj.weight": linear("S_k"),
+        "kv_proj.bias": plain("b_k"),
+        "mix.weight": matrix("N"),
+        "alpha": plain("alpha"),
+    },
+    SharedOut: {
+        "per_head.weight": linear("O"),
+        "out_proj.weight": linear("S_o"),
+        "out_proj.bias": plain("b_o"),
     },
     ShardedLatent: QUERIES | DOWN | {"kv_gain": plain("gamma_kv"), "kv_up.weight": linear("W_ukv")},
 }

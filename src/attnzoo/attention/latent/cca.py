@@ -114,9 +114,9 @@ class QKConv(Stage):
             yield Work("projections", "convolution inside heads", flops)
 
     def elementwise(self) -> dict[str, float]:
-        return {"convolution per channel": 2.0 * self.kernels[0] * sum(self.heads) * self.width} if (
-            self.kernels
-        ) else {}
+        if not self.kernels:
+            return {}
+        return {"convolution per channel": 2.0 * self.kernels[0] * sum(self.heads) * self.width}
 
 
 class SphereNorm(L2Norm):
@@ -166,9 +166,7 @@ def compress(
                 )
             done.put(
                 "project",
-                ShiftedValue(
-                    done.site, done.dim, H, G, d, d_v, done.host["qkv_bias"], num_v_heads=v_heads
-                ),
+                ShiftedValue(done.site, done.dim, H, G, d, d_v, done.host["qkv_bias"], num_v_heads=v_heads),
             )
         if conv or qk_mean:
             done.put("refine", QKConv((H, G), d, conv_kernels if conv else None, qk_mean))

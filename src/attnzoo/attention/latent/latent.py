@@ -54,7 +54,7 @@ class Latent(Late, Stage):
         self.dim, self.heads, self.widths, self.eps = draft.dim, draft.num_heads, widths, eps
         self.rank, self.q_rank, self.parts, self.rope_heads = rank, q_rank, parts, rope_heads
         self.kv_heads = kv_heads or self.heads
-        d_n, d_r, d_v = widths
+        d_n, d_r, _ = widths
         self.turned = ("k_rope",) if d_r else ()
         q_in = q_rank or draft.dim
         if q_rank:

@@ -9,7 +9,7 @@ TPLA: Tensor Parallel Latent Attention for Efficient Disaggregated Prefill and D
     norm "global":  c = RMSNorm(c_0)
     norm "sharded": c_r = gamma_r c_0,r / sqrt(|c_0,r|^2 / (d_c rho_r) + eps)
 
-Cached: c after its norm and k_r after RoPE, d_c + d_r per token in all; a device of g holds d_c / g + d_r. The
+Cached: c after its norm and k_r after RoPE, d_c + d_r per token; each of g devices holds d_c / g + d_r. The
 materialised form is H g heads. The paper splits a trained mla (rho_r: slice r's share of the latent's energy,
 mu_r = 1 / rho_r). Our choice: trained from scratch, g = 2, mu_r = 1, rho_r = 1 / g, mla's norm.
 """
@@ -126,7 +126,8 @@ def tpla(
         latent_shards: g, a divisor of d_c. shard_norm: one norm of the latent, or one per slice.
         shard_gain: mu, factor of each slice's latent scores; default 1.
         shard_share: rho > 0 of each slice, for shard_norm=sharded; default 1 / g.
-        kv_lora_rank: d_c; default min(4, H) D / H, rounded down to a multiple of g. q_lora_rank: r_q, 0 = none.
+        kv_lora_rank: d_c; default min(4, H) D / H, rounded down to a multiple of g.
+        q_lora_rank: r_q, 0 = none.
         qk_nope_head_dim, v_head_dim: d_n, d_v; default D / H.
         qk_rope_head_dim: d_r, even; default half of D / H; 0 with pos=none.
         latent_norm: RMSNorm on both latents. allow_expand: lets d_c reach H (d_n + d_v).
@@ -152,10 +153,9 @@ def tpla(
         raise ValueError(f"shard_share: belongs to shard_norm=sharded, got {list(shard_share)}; set that too")
     if sharded and not latent_norm:
         raise ValueError("shard_norm: there is no norm with latent_norm=false, got 'sharded'; leave it out")
-    shares = (shard_share or (1 / g,) * g) if sharded else None
-    project = ShardedLatent(
-        draft, widths, rank, q_lora_rank, latent_norm, draft.host["norm_eps"], shard_gain or (1.0,) * g, shares
-    )
+    gains, shares = shard_gain or (1.0,) * g, (shard_share or (1 / g,) * g) if sharded else None
+    eps = draft.host["norm_eps"]
+    project = ShardedLatent(draft, widths, rank, q_lora_rank, latent_norm, eps, gains, shares)
     settle(draft, widths, project)
     draft.score_heads = g * draft.num_heads
     draft.put("combine", SumShards(g))
