@@ -1,0 +1,1 @@
+"""Projections of few parameters: shared between heads, in factors, of a chosen rank."""
