@@ -158,3 +158,26 @@ def nearest_heads(layers: list[Layer], rate: float) -> list[list[list[int]]]:
         for own in sorted(roots)
         for r in range(share)
     ]
+
+
+def replaced(layers: list[Layer], table: list[list[list[int]]]) -> list[dict[str, Tensor]]:
+    """The layers' weights after every head of ``table`` took the blocks of its source."""
+    share = layers[0].heads // layers[0].kv_heads
+    blocks = [
+        {
+            "W_q": heads_of(layer.weights["W_q"], layer.heads),
+            "W_k": heads_of(layer.weights["W_k"], layer.kv_heads),
+            "W_v": heads_of(layer.weights["W_v"], layer.kv_heads),
+            "W_o": layer.weights["W_o"].unflatten(0, (layer.heads, -1)),
+        }
+        for layer in layers
+    ]
+    blocks = [{name: z.clone() for name, z in own.items()} for own in blocks]
+    for (i, h), (root, source) in table:
+        for name, own in blocks[i].items():
+            step = share if name in ("W_k", "W_v") else 1
+            own[h // step] = blocks[root][name][source // step]
+    return [
+        layer.weights | {n: z.flatten(0, 1) if n == "W_o" else side_by_side(z) for n, z in own.items()}
+        for layer, own in zip(layers, blocks, strict=True)
+    ]

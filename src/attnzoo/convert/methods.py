@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.convert import factors, heads, latent, rope
-from attnzoo.convert.layer import Layer
+from attnzoo.convert.layer import Layer, heads_of, side_by_side
 
 PLAIN = ("mha", "gqa", "mqa", "sqa", "fixed_head_size")  # separate queries, keys and values, all heads alike
 
@@ -125,10 +125,17 @@ def to_elitekv(layers: list[Layer], *, num_rope_pairs: int, kv_rank: int) -> lis
 
 
 def _partial(layer: Layer, count: int, rank: int, strategy: str) -> Target:
-    found = rope.partial_rope(layer, rope.choose_pairs(layer, count, strategy), rank)._asdict()
-    table = found.pop("F").tolist()
-    options = {"num_rope_pairs": count, "kv_rank": rank, "rope_pairs": table}
-    return Target("elitekv", options | {"num_kv_heads": layer.kv_heads}, found)
+    found = rope.partial_rope(layer, rope.choose_pairs(layer, count, strategy), rank)
+    queries = [heads_of(W, layer.heads) for W in (found.W_qn, found.W_qe)]
+    weights = {
+        "F": found.F,
+        "W_uq": side_by_side(torch.cat(queries, dim=-1)),
+        "W_dkv": torch.cat([found.W_dkv, found.W_ke], dim=1),
+        "W_ukv": found.W_ukv,
+        "W_o": found.W_o,
+    }
+    options = {"num_rope_pairs": count, "kv_rank": rank, "num_kv_heads": layer.kv_heads}
+    return Target("elitekv", options, weights)
 
 
 def to_dha(layers: list[Layer], *, budget: int) -> list[Target]:
@@ -159,7 +166,7 @@ def to_tpla(
     targets = []
     for layer in layers:
         found = latent.tensor_parallel(layer, latent_shards, basis)
-        slices = {"shard_norm": "sharded", "shard_gain": found.gain, "shard_energy": found.energy}
+        slices = {"shard_norm": "sharded", "shard_gain": found.gain, "shard_share": found.energy}
         targets.append(Target("tpla", {"latent_shards": latent_shards, **slices}, found.weights))
     return targets
 
@@ -177,7 +184,10 @@ def to_tensorllm(
 def to_headshare(layers: list[Layer], *, share_rate: float = 0.3) -> list[Target]:
     """DirectShare (2402.11819): the heads most alike take the blocks of an earlier layer's head."""
     table = heads.nearest_heads(layers, share_rate)
-    return [Target("headshare", {"share_table": table}, layer.weights) for layer in layers]
+    return [
+        Target("headshare", {"share_table": table, "num_kv_heads": layer.kv_heads}, weights)
+        for layer, weights in zip(layers, heads.replaced(layers, table), strict=True)
+    ]
 
 
 def to_masa(layers: list[Layer], *, num_atoms: int, share: Literal["qkv", "qkvo"] = "qkv") -> list[Target]:
@@ -193,7 +203,10 @@ def to_masa(layers: list[Layer], *, num_atoms: int, share: Literal["qkv", "qkvo"
             for own, matrix in zip(weights, matrices, strict=True):
                 own[f"W_{name}"] = matrix
     options = {"num_atoms": num_atoms, "share": share, "coef_param": "free"}
-    return [Target("masa", options, own) for own in weights]
+    return [
+        Target("masa", options | {"num_kv_heads": layer.kv_heads}, own)
+        for layer, own in zip(layers, weights, strict=True)
+    ]
 
 
 METHODS: dict[str, Method] = {

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.attention.base import Mixer, Stage
-from attnzoo.attention.latent.mla import Latent
+from attnzoo.attention.crosslayer.headshare import Assembled
+from attnzoo.attention.crosslayer.masa import Combination
+from attnzoo.attention.crosslayer.provider import Made
+from attnzoo.attention.factorised.tensorllm import Tucker
+from attnzoo.attention.latent.elitekv import EliteRope
+from attnzoo.attention.latent.latent import Latent
 from attnzoo.attention.stages.out import LinearOut
 from attnzoo.attention.stages.project import QKV
 from attnzoo.convert.layer import Layer
 
-Rule = Callable[[Mapping[str, Tensor]], Tensor]
-
-
-def matrix(*symbols: str) -> Rule:
-    """Matrices side by side, as the weight of one `nn.Linear`."""
-    return lambda given: torch.cat([given[s] for s in symbols], dim=1).T
-
-
-def vector(*symbols: str) -> Rule:
-    """Vectors one after the other."""
-    return lambda given: torch.cat([given[s] for s in symbols])
-
-
-RULES: dict[type[Stage], dict[str, Rule]] = {
-    QKV: {"qkv_proj.weight": matrix("W_q", "W_k", "W_v"), "qkv_proj.bias": vector("b_q", "b_k", "b_v")},
-    LinearOut: {"out_proj.weight": matrix("W_o"), "out_proj.bias": vector("b_o")},
-    Latent: {
-        "q_down.weight": matrix("W_dq"),
-        "q_gain": vector("gamma_q"),
-        "q_up.weight": matrix("W_uq"),
-        "kv_down.weight": matrix("W_dkv"),
-        "kv_gain": vector("gamma_kv"),
-        "kv_up.weight": matrix("W_ukv"),
-    },
-}
+Given = Mapping[str, Tensor]
+LATENT = {"q_down": "W_dq", "q_up": "W_uq", "kv_down": "W_dkv", "kv_up": "W_ukv"}
+GAINS = {"q_gain": "gamma_q", "kv_gain": "gamma_kv"}
 
 
 def read(mixer: Mixer, x: Tensor | None) -> Layer:
@@ -47,7 +30,7 @@ def read(mixer: Mixer, x: Tensor | None) -> Layer:
         ValueError: it has learned stages beyond its projections, which no conversion carries over.
     """
     for stage in mixer.stages():
-        if type(stage) not in RULES and any(True for _ in stage.parameters()):
+        if not isinstance(stage, READABLE) and any(True for _ in stage.parameters()):
             where, what = mixer.site.layer, type(stage).__name__
             raise ValueError(f"model: layer {where} has a {what}, which no conversion carries over")
     late = isinstance(mixer.project, Latent)
@@ -69,13 +52,12 @@ def _plain(project: QKV) -> dict[str, Tensor]:
 
 
 def _latent(project: Latent) -> dict[str, Tensor]:
-    names = {"q_down": "W_dq", "q_up": "W_uq", "kv_down": "W_dkv", "kv_up": "W_ukv"}
     weights = {
         symbol: getattr(project, name).weight.double().T
-        for name, symbol in names.items()
+        for name, symbol in LATENT.items()
         if hasattr(project, name)
     }
-    gains = {"gamma_q": getattr(project, "q_gain", None), "gamma_kv": project.kv_gain}
+    gains = {symbol: getattr(project, name, None) for name, symbol in GAINS.items()}
     return weights | {symbol: gain.double() for symbol, gain in gains.items() if gain is not None}
 
 
@@ -86,8 +68,71 @@ def _sizes(mixer: Mixer) -> tuple[int, int, int]:
 
 
 @torch.no_grad()
-def write(mixer: Mixer, weights: Mapping[str, Tensor]) -> None:
-    """Sets every parameter of ``mixer`` from weights by symbol."""
+def write(mixer: Mixer, weights: Given) -> None:
+    """Sets every parameter of ``mixer``, and its table of rotary pairs, from weights by symbol."""
     for stage in mixer.stages():
-        for name, param in stage.named_parameters():
-            param.copy_(RULES[type(stage)][name](weights))
+        if isinstance(stage, EliteRope):
+            stage.pairs.copy_(weights["F"])
+        elif any(True for _ in stage.parameters()):
+            next(put for kind, put in WRITERS.items() if isinstance(stage, kind))(stage, weights)
+
+
+def _write_qkv(stage: QKV, given: Given) -> None:
+    _write_linear(stage.qkv_proj, "qkv", stage.sizes, given)
+
+
+def _write_out(stage: LinearOut, given: Given) -> None:
+    _write_linear(stage.out_proj, "o", [stage.sizes[1]], given)
+
+
+def _write_linear(layer: nn.Module, names: str, sizes: Sequence[int], given: Given) -> None:
+    """A projection of the matrices ``names``, plain or made from what layers share."""
+    if isinstance(layer, Made):
+        for name, piece in zip(names, layer.pieces, strict=True):
+            _write_piece(piece, name, given)
+    else:
+        for name, part in zip(names, layer.weight.split(list(sizes)), strict=True):
+            part.copy_(given[f"W_{name}"].T)
+    if layer.bias is not None:
+        layer.bias.copy_(torch.cat([given[f"b_{name}"] for name in names]))
+
+
+def _write_piece(piece: nn.Module, name: str, given: Given) -> None:
+    if isinstance(piece, Combination):
+        piece.atoms.weight.copy_(given[f"A_{name}"].mT)
+        piece.offset.copy_(given[f"c_{name}"])
+        return
+    weight = given[f"W_{name}"].T
+    if not isinstance(piece, Assembled):
+        piece.weight.copy_(weight)
+        return
+    rows = weight.T if piece.outward else weight
+    blocks = rows.unflatten(0, (len(piece.rows), -1))
+    homes = [(bank, i) for bank in piece.banks for i in range(len(bank.weight))]
+    for block, row in zip(blocks, piece.rows, strict=True):
+        bank, i = homes[row]
+        bank.weight[i].copy_(block)
+
+
+def _write_latent(stage: Latent, given: Given) -> None:
+    for name, symbol in LATENT.items():
+        if getattr(stage, name, None) is not None:
+            getattr(stage, name).weight.copy_(given[symbol].T)
+    for name, symbol in GAINS.items():
+        if getattr(stage, name, None) is not None:
+            getattr(stage, name).copy_(given[symbol])
+
+
+def _write_tucker(stage: Tucker, given: Given) -> None:
+    for name in ("U1", "U2", "U3"):
+        getattr(stage, name).copy_(given[name])
+    stage.core.copy_(given["C"].permute(3, 1, 0, 2))
+
+
+READABLE = (QKV, LinearOut, Latent)
+WRITERS: dict[type[Stage], Callable[[Stage, Given], None]] = {
+    QKV: _write_qkv,
+    LinearOut: _write_out,
+    Latent: _write_latent,
+    Tucker: _write_tucker,
+}
