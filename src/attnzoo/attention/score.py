@@ -86,10 +86,12 @@ class Single(Stage):
     """Read stage: one joint read of all keys.
 
     A read that does other work than one dot product and one weighted sum per visible pair says so by
-    ``counts = True`` and lists it in `Stage.work`.
+    ``counts = True`` and lists it in `Stage.work`. One that reads more than ``keys`` says ``whole = True``:
+    its queries are then not absorbed into latents.
     """
 
     counts = False
+    whole = False
 
     def forward(self, q: Tensor, keys: Keys, attend, call: Call) -> Tensor:
         return attend(q, keys)
@@ -169,7 +171,8 @@ class ScoreAttention(Mixer):
         turn_q = lambda z: z if project.turned else self.position.turn(z, call.line.pos, call)  # noqa: E731
         rotates = self.position.rotates
         turn_k = lambda z: self.position.turn(z, call.mem.places(), call) if rotates else z  # noqa: E731
-        if not self.refine and self.score is None and project.absorbs(q.shape[2], axis.order.shape[1]):
+        plain = not self.refine and self.score is None and not self.read.whole
+        if plain and project.absorbs(q.shape[2], axis.order.shape[1]):
             call.raw = Raw(q, None, None)
             q, keys, finish = project.absorbed(turn_q(q), q_rot, rows, turn_k)
             return q, keys._replace(axis=axis, aligned=aligned), finish

@@ -1,0 +1,1 @@
+"""Attention that reads beyond its own past, or under another mask."""
