@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class KeysValues(Stage):
             sizes = [self.dim] * (depth + 2) + [width] if depth >= 0 else [self.dim, width]
             layers = [
                 draft.linear(side if depth < 0 else f"{side}{i}", a, b, bias)
-                for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))
+                for i, (a, b) in enumerate(pairwise(sizes))
             ]
             self.add_module(side, nn.ModuleList(layers))
             if taps:

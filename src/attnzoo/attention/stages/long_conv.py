@@ -103,7 +103,7 @@ def _inside(z: Tensor, taps: Tensor, size: int) -> Tensor:
     step = torch.arange(size, device=z.device)
     back = step[None, :] - step[:, None]  # (from, to)
     known = F.pad(taps[:, :size], (0, max(0, size - taps.shape[1])))
-    table = torch.where(back >= 0, known[:, back.clamp(min=0)], torch.zeros((), dtype=z.dtype, device=z.device))
+    table = known[:, back.clamp(min=0)].masked_fill(back < 0, 0.0)
     blocks = F.pad(z, (0, -T % size)).reshape(C, -1, size)
     return torch.bmm(blocks, table).view(C, B, -1)[..., :T]
 
