@@ -128,12 +128,16 @@ def _layers(model: LanguageModel, method: str, chosen: Method, calibration: Tens
 
 
 def _built(model: LanguageModel, targets: list[Target]) -> LanguageModel:
-    kept = [{k: m.options[k] for k in KEPT if k in m.options} for m in model.mixers]
-    own = {k for t in targets for k in t.options}
-    config = {k: v for k, v in model.config.items() if k in inspect.signature(create_model).parameters}
-    layout = [{"name": t.name, **old, **t.options} for old, t in zip(kept, targets, strict=True)]
-    config |= {"layout": layout}
-    assert not own & config.keys()
+    legal = inspect.signature(create_model).parameters
+    config = {k: v for k, v in model.config.items() if k in legal}
+    layers = [
+        {k: m.options[k] for k in KEPT if k in m.options} | t.options
+        for m, t in zip(model.mixers, targets, strict=True)
+    ]
+    if all(own == layers[0] for own in layers):
+        config |= {"layout": targets[0].name, **layers[0]}
+    else:
+        config["layout"] = [{"name": t.name, **own} for t, own in zip(targets, layers, strict=True)]
     new = create_model(**config).to(next(model.parameters()).dtype)
     rest = {k: v for k, v in model.state_dict().items() if ".mixer." not in k}
     new.load_state_dict(new.state_dict() | rest)

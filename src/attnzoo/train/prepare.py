@@ -70,6 +70,7 @@ def prepare(config: DictConfig) -> Run:
     if pl.utilities.rank_zero_only.rank == 0:
         check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
     checkpoint = read_checkpoint(start, field) if start else None
+    plain = _with_architecture(plain, checkpoint)
     # options are checked before the data is read
     _check_model(plain, trainer)
     corpus = build_data(plain["data"], plain["tokenizer"], seed)
@@ -110,6 +111,18 @@ def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
         if name not in collector.losses:
             reported = ", ".join(sorted(collector.losses)) or "none"
             raise ValueError(f"trainer.aux_weights: no layer reports {name!r}; reported: {reported}")
+
+
+def _with_architecture(config: dict[str, Any], checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The configuration with the checkpoint's architecture, where ``model.layout`` is "init_from"."""
+    if config["model"]["layout"] != "init_from":
+        return config
+    if checkpoint is None or not config["init_from"]:
+        raise ValueError("model.layout: 'init_from' takes the architecture of init_from, got none; set it")
+    made = {k: v for k, v in checkpoint["model_config"].items() if k != "vocab_size"}
+    names = {name for name in made if name in config["model"]}
+    attention = {"name": "converted", **{k: v for k, v in made.items() if k not in names}}
+    return config | {"model": {k: made[k] for k in names}, "attention": attention}
 
 
 def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:
