@@ -141,17 +141,15 @@ def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
     return build(name, dim, num_heads, options, {})
 
 
-def build(
-    name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank: dict[str, Any]
-) -> Mixer:
+def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank: dict[str, Any]) -> Mixer:
     """`create`, for a layer of a model whose layers share the modules in ``bank``."""
     entry, options = _entry(name), dict(options)
     _check_size("dim", dim)
     _check_size("num_heads", num_heads)
-    title = _frame_of(entry, options, bank)
+    title, others = _frames_of(entry, options, bank)
     frame = FRAMES[title]
     adds = _added(name, options.pop("add", ()), title)
-    chosen = _sort_options(name, entry, adds, options, title)
+    chosen = _sort_options(name, entry, adds, options, title, others)
     host = chosen.pop("")
     site = Site(host["layer_idx"], host["num_layers"], host["max_seq_len"], bank=bank)
     draft = Draft(frame, site, dim, num_heads, host=host, current=name)
@@ -242,10 +240,10 @@ def _common(
     """Options of every mixer; only their signature is used."""
 
 
-def _frame_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) -> str:
-    """The frame of a variant at its layer, under its own options."""
+def _frames_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) -> tuple[str, set[str]]:
+    """The frame of a variant at its layer, under its own options, and those that layers have."""
     if entry.choose is None:
-        return entry.frames[0]
+        return entry.frames[0], set(entry.frames[:1])
     place = {
         k: opts.check(k, options.get(k, p.default), p.annotation)
         for k, p in opts.keyword_options(_common).items()
@@ -255,7 +253,8 @@ def _frame_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) ->
         for k, p in opts.keyword_options(entry.change).items()
     }
     site = Site(place["layer_idx"], place["num_layers"], place["max_seq_len"], bank=bank)
-    return entry.choose(site, **own)
+    layers = range(max(site.depth, 16))  # also where one layer stands alone, for those that it stands for
+    return entry.choose(site, **own), {entry.choose(site._replace(layer=i), **own) for i in layers}
 
 
 @cache
@@ -286,15 +285,20 @@ def _added(name: str, add: Any, frame: str) -> list[Entry]:
 
 
 def _sort_options(
-    name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any], frame: str
+    name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any], frame: str, others: set[str]
 ) -> dict[str, dict[str, Any]]:
     """Checked options per member of the composition, defaults filled in; the frame's under ``""``.
 
-    Options of another frame that the variant has in other layers are left to those.
+    Options of the frames ``others``, which the variant has in other layers, are left to those.
     """
     members = {e.card.name: opts.keyword_options(e.change) for e in (entry, *adds)}
     tables = {"": _host_options(frame), **members}
-    elsewhere = {o for f in entry.own_frames() for o in _host_options(f)} - set().union(*tables.values())
+    here, defaults = set().union(*tables.values()), entry.card.defaults
+    elsewhere = {o for f in others for o in _host_options(f)} - here
+    # the defaults of a frame that these options rule out say nothing
+    elsewhere |= {
+        o for o, value in options.items() if o not in here and o in defaults and value == defaults[o]
+    }
     options = {k: v for k, v in options.items() if k not in elsewhere}
     chosen = {member: {k: p.default for k, p in table.items()} for member, table in tables.items()}
     set_by: dict[str, str] = {}

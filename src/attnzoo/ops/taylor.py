@@ -3,9 +3,9 @@
     o_t = sum_(j <= t) f(s_tj) v_j / (sum_(j <= t) f(s_tj) + eps),   f(s) = 1 + s (+ s^2 / 2)
 
 f(q . k) = phi(q) . W phi(k) with phi(z) all products of two entries of [1, z], each pair once: (n^2 + n) / 2
-for n = d + 1, and W = 1/2 for squares of entries of z. So a state of phi(k) v^T carries the past from chunk to
-chunk; inside a chunk, and for short sequences as a whole, f is taken of the products q . k themselves, which
-is d wide where phi is n^2 / 2.
+for n = d + 1, and W = 1/2 for squares of entries of z. So a state of phi(k) v^T carries the past from chunk
+to chunk; inside a chunk, and for short sequences as a whole, f is taken of the products q . k themselves,
+d wide where phi is n^2 / 2.
 """
 
 from __future__ import annotations

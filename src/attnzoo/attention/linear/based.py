@@ -6,8 +6,8 @@ Simple linear attention language models balance the recall-throughput tradeoff, 
     o_t = sum_(j <= t) f(s_tj) v_j / (sum_(j <= t) f(s_tj) + eps),   y = concat(o) W_o
 
 f >= 1/2, so that denominators grow with t and eps = norm_eps never matters.
-Cached: the sums of phi(k) v^T and phi(k), H (1 + d' + d' (d' + 1) / 2) (d_v + 1) numbers in fp32: products of two
-entries are kept once. The paper's models alternate with short sliding windows; that is a matter of layouts.
+Cached: the sums of phi(k) v^T and phi(k), H (1 + d' + d' (d' + 1) / 2) (d_v + 1) numbers in fp32, products of
+two entries once. The paper's models alternate with short sliding windows; that is a matter of layouts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FAST: the exponential replaced by its Taylor polynomial, whose moments of the keys make a linear-time state.
+"""FAST: the exponential by its Taylor polynomial, whose moments of the keys make a linear-time state.
 
 FAST: Factorizable Attention for Speeding up Transformers, arXiv 2402.07901.
 
@@ -6,11 +6,11 @@ FAST: Factorizable Attention for Speeding up Transformers, arXiv 2402.07901.
     norm=token:  q^ = LayerNorm(q) without gain, nu = sqrt(d);    norm=unit:  q^ = q / |q|, nu = 1
     o_t = sum_(j <= t) f_p(s_tj) v_j / sum_(j <= t) f_p(s_tj)
 
-Cached: moments of the keys, H F (d_v + 1) numbers in fp32, F = 1 + d + d (d + 1) / 2 at order 2. mode=quadratic
-caches keys and values, whatever their width.
+Cached: moments of the keys, H F (d_v + 1) numbers in fp32, F = 1 + d + d (d + 1) / 2 at order 2.
+mode=quadratic caches keys and values, whatever their width.
 Our choice: both norms, since the released one divides by the largest norm in the sequence, which sees the
-future; order 1 needs unit norms (1 + s would be negative); q and k are min(D / H, 64) wide unless head_dim says.
-Short sequences take the quadratic form anyway, where it is cheaper.
+future; order 1 needs unit norms (1 + s would be negative); q and k are min(D / H, 64) wide unless head_dim
+says otherwise. Short sequences take the quadratic form anyway, where it is cheaper.
 """
 
 from __future__ import annotations

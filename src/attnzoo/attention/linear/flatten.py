@@ -81,7 +81,7 @@ class KeyTable(Stage):
         paper="FLatten Transformer: Vision Transformer using Focused Linear Attention",
         arxiv="2308.00442",
         family="linear",
-        summary="Linear attention with features sharpened by a norm-preserving power, and a convolution on v.",
+        summary="Linear attention on features sharpened by a norm-preserving power, and a convolution on v.",
         cached="the state S (H d d_v), its normaliser z (H d) and the convolution's tail: constant",
         claims=("ImageNet top-1 of PVT-T 77.8 against 75.1, of Swin-T 82.1 against 81.3",),
         small={"chunk_size": 4, "kernel_size": 3, "learned_pos": True},

@@ -7,9 +7,9 @@ Self-Attention, arXiv 2307.03576.
     icl_norm: mean n_t = t, none n_t = 1, const n_t = icl_count
 
 Cached: S (H d d_v) in fp32, whatever the length; the count is the token's place in its document.
-With W_K^T W_Q = diag(I, 0) and W_O W_V = eta e e^T on the label slot, a prompt of n examples and a query reads
-out one step of gradient descent on linear regression from zero weights (icl_norm=const, icl_count=n: the
-query's own label slot is empty; with a prefix mean the step is eta n / (n + 1)).
+With W_K^T W_Q = diag(I, 0) and W_O W_V = eta e e^T on the label slot, a query after n examples reads out one
+step of gradient descent on linear regression from zero weights (icl_norm=const, icl_count=n: the query's own
+label slot is empty; with a prefix mean the step is eta n / (n + 1)).
 Scores are signed and unbounded: the output projection starts small, as everywhere here.
 """
 

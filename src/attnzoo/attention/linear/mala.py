@@ -8,7 +8,7 @@ Rectifying Magnitude Neglect in Linear Attention, arXiv 2507.00698. With f = elu
            o_i = (1 + 1 / (Z_i + 1e-6)) sum_(j <= i) (f~(q_i) . f~(k_j)) v_j - (Z_i / i) sum_(j <= i) v_j
     y = ((o + conv(v)) * (x W_g + b_g)) W_o + b_o
 
-Cached, in fp32: S (H d d_v), sum f(k) (H d), sum v (H d_v); and the values of the last lepe_kernel - 1 tokens.
+Cached: S (H d d_v), sum f(k) (H d), sum v (H d_v) in fp32; the values of the last lepe_kernel - 1 tokens.
 Our choice, since the method is for images: all sums and means are those of the prefix, the convolution looks
 back only. mean is the released code's form, sum the paper's; sum grows with i and wants a short context.
 """
@@ -79,7 +79,7 @@ class Magnitude(Stage):
         paper="Rectifying Magnitude Neglect in Linear Attention",
         arxiv="2507.00698",
         family="linear",
-        summary="Linear attention that scales up and subtracts the mean: the size of a query sharpens weights.",
+        summary="Linear attention that scales up and subtracts the mean: large queries sharpen weights.",
         cached="the state S (H d d_v), sums of key features and values, and the convolution's tail: constant",
         claims=("above earlier linear attention in image classification, detection and segmentation",),
         small={"chunk_size": 4, "lepe_kernel": 3, "mala_norm": "sum"},

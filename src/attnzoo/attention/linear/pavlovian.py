@@ -1,4 +1,4 @@
-"""Learning rules of conditioning as linear attention: keys are conditional stimuli, values unconditional ones.
+"""Rules of conditioning as linear attention: keys are conditional stimuli, values unconditional ones.
 
 Understanding Transformers through the Lens of Pavlovian Conditioning, arXiv 2508.08289.
 
@@ -9,8 +9,8 @@ Understanding Transformers through the Lens of Pavlovian Conditioning, arXiv 250
     y = concat(RMSNorm_head(o)) W_o
 
 Cached: S (H d d_v) in fp32, whatever the length.
-Our choice, since the paper is theory: eta = sigmoid(a) from 0.5 and lambda = sigmoid(l) from 0.99, or constants;
-the head norm. Behind that norm eta of hebb and trace is all but invisible; it scales S and its eps.
+Our choice, since the paper is theory: eta = sigmoid(a) from 0.5 and lambda = sigmoid(l) from 0.99, or
+constants; the head norm. Behind that norm eta of hebb and trace is all but invisible; it scales S.
 """
 
 from __future__ import annotations

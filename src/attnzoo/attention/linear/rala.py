@@ -1,16 +1,17 @@
 """RALA: linear attention whose keys are weighed by their relevance to the mean query, and a gated output.
 
-Breaking the Low-Rank Dilemma of Linear Attention, arXiv 2411.07635. With f = elu + 1, s = d^(-1/2), ~ rotated,
-q_bar_j = mean_(m <= j) f(q_m):
+Breaking the Low-Rank Dilemma of Linear Attention, arXiv 2411.07635. With f = elu + 1, s = d^(-1/2),
+q_bar_j = mean_(m <= j) f(q_m), and ~ for rotated:
 
     frozen:        a_j = exp(e_j),  e_j = s q_bar_j . f(k_j)                    fixed when j is written
     prefix_exact:  a_ij = softmax_(j <= i)(s q_bar_i . f(k_j))                  follows the mean query
     o_i = sum_(j <= i) a (f~(q_i) . f~(k_j)) v_j / (sum_(j <= i) a f(q_i) . f(k_j) + eps)
     y = ((o + conv(v)) * (x W_g + b_g)) W_o + b_o
 
-frozen is a scan: with m_t = max_(j <= t) e_j, the state decays by exp(m_(t-1) - m_t) and writes exp(e_t - m_t) k_t.
-Cached, in fp32: S (H d d_v), z (H d), sum f(q) (H d), m (H); the values of the last lepe_kernel - 1 tokens.
-prefix_exact caches key features and values.
+frozen is a scan: with m_t = max_(j <= t) e_j the state decays by exp(m_(t-1) - m_t) and writes
+exp(e_t - m_t) f(k_t) v_t^T.
+Cached: S (H d d_v), z (H d), sum f(q) (H d), m (H) in fp32; the values of the last lepe_kernel - 1 tokens.
+prefix_exact keeps key features and values instead.
 Our choice, since the method is for images: both causal forms; the last row of prefix_exact is that of the
 bidirectional layer (without positions). eps 1e-6 is measured against weights a whose largest is 1 (frozen)
 or whose sum is 1.
