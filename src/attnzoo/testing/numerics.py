@@ -24,7 +24,7 @@ def forms(subject: Subject) -> None:
     """The default implementation equals impl="reference", values and gradients; chunk sizes do not matter."""
     cases = [
         {"impl": "reference"},
-        *({"chunk_size": c} for c in (1, 3, 8, 64) if "chunk_size" in subject.takes),
+        *({"chunk_size": c} for c in (1, 3, 8, 64) if _takes_chunks(subject, c)),
     ]
     x, probe = inputs(), inputs(seed=3)
 
@@ -45,6 +45,19 @@ def forms(subject: Subject) -> None:
             for a, b in zip(got, want, strict=True)
         )
         require(worst <= 1e-9, f"{case} differs by {worst:.1e} from the default implementation")
+
+
+def _takes_chunks(subject: Subject, size: int) -> bool:
+    """Whether it has the option, and does not refuse this size (a mechanism may need powers of two)."""
+    if "chunk_size" not in subject.takes:
+        return False
+    try:
+        subject.mixer(chunk_size=size)
+    except ValueError as error:
+        refused = str(error).startswith("chunk_size:") and size & (size - 1) != 0
+        require(refused, f"chunk_size={size} does not work: {error}")
+        return False
+    return True
 
 
 def gradients(subject: Subject) -> None:

@@ -1,0 +1,271 @@
+"""A scan that keeps the past by Fenwick levels, each read with a weight of its own, in O(T log T).
+
+Tokens t and j of a document meet at level ``bit_length(t xor j)``: 0 is the token itself, level l > 0 a block
+of 2^(l-1) tokens that begins at a multiple of its size. Chunks of C = 2^c tokens begin at multiples of C of
+their document. Inside a chunk the level of a pair is a table of its two slots; chunks meet at level
+``c + bit_length(chunk xor chunk)``, so whole chunks merge as tokens do: before chunk i is read, the previous
+chunk and all levels up to c + lowest set bit of i become the next level.
+
+With P the weights of a chunk's own values, Q the queries and Phi the transition from its start:
+
+    o = (P * lambda) v + sum over levels l of lambda^l (Q S^l)
+    S^l <- Phi S^l,    S^0 = (the keys at the chunk's end) v
+
+Shapes: B batch, N chunks, H heads, C slots, K and V widths, M levels of whole chunks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnzoo.attention.timeline import Timeline
+from attnzoo_kernels.scan.blocks import first_order, unit_lower_inverse
+from attnzoo_kernels.scan.decay import MIN_LOG_DECAY
+
+
+def bits(x: Tensor) -> Tensor:
+    """``bit_length`` of integers >= 0."""
+    return torch.frexp(x.double()).exponent.long()
+
+
+class Grid(NamedTuple):
+    """Where the tokens of one forward stand in chunks that begin at multiples of C of their document.
+
+    Args:
+        size: C. count: N. first: slot of each row's first token, ``(B or 1,)``.
+        index: ``(B or 1, N)`` which chunk of its document. last: ``(B or 1, 2)`` chunk and slot of the last
+            token.
+        place: ``(B, T)`` chunk * C + slot, N * C at padding; None = consecutive from ``first``.
+    """
+
+    size: int
+    count: int
+    first: Tensor
+    index: Tensor
+    last: Tensor
+    place: Tensor | None
+
+    @classmethod
+    def of(cls, line: Timeline, size: int) -> Grid:
+        if line.doc is None:
+            skip, start = line.past % size, line.past // size
+            count = -(-(skip + line.length) // size)
+            end = skip + line.length - 1
+            device = line.order.device
+            index = torch.arange(start, start + count, device=device)[None]
+            last = torch.tensor([[end // size, end % size]], device=device)
+            return cls(size, count, torch.tensor([skip], device=device), index, last, None)
+        order = line.order
+        valid = torch.ones_like(order, dtype=torch.bool) if line.valid is None else line.valid
+        begins = (order % size == 0) & valid
+        begins[:, 0] = valid[:, 0]
+        chunk = begins.cumsum(1) - 1
+        count = max(1, int(chunk.max()) + 1)
+        place = torch.where(valid, chunk * size + order % size, count * size)
+        index = torch.zeros(len(order), count + 1, dtype=torch.long, device=order.device)
+        index.scatter_(1, torch.where(valid, chunk, count), order // size)
+        end = place.gather(1, (valid.sum(1, keepdim=True) - 1).clamp(min=0)).clamp(max=count * size - 1)
+        last = torch.cat([end // size, end % size], dim=1)
+        return cls(size, count, order[:, 0] % size, index[:, :count], last, place)
+
+    @property
+    def levels(self) -> int:
+        """Levels of whole chunks that can hold something."""
+        return int(self.index.max()).bit_length()
+
+    def split(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(B, T, H, ...)`` -> ``(B, N, H, C, ...)``, zeros at empty slots."""
+        if self.place is None:
+            skip = int(self.first)
+            z = F.pad(z, (0, 0) * (z.dim() - 2) + (skip, self.count * self.size - skip - z.shape[1]))
+        else:
+            slots = z.new_zeros(len(z), self.count * self.size + 1, *z.shape[2:])
+            z = slots.index_put((torch.arange(len(z), device=z.device)[:, None], self.place), z)[:, :-1]
+        return z.unflatten(1, (self.count, self.size)).transpose(2, 3).to(dtype)
+
+    def join(self, o: Tensor, length: int) -> Tensor:
+        """The inverse of `split`; anything at padding."""
+        o = o.transpose(2, 3).flatten(1, 2)
+        if self.place is None:
+            skip = int(self.first)
+            return o[:, skip : skip + length]
+        place = self.place.clamp(max=o.shape[1] - 1)
+        return o[torch.arange(len(o), device=o.device)[:, None], place]
+
+
+class Chunk(NamedTuple):
+    """All chunks by what they do: P ``(B, N, H, C, C)``, Q ``(.., C, K)``, ends ``(.., K, C)`` of the keys at
+    the chunk's last slot, and Phi, ``(.., 1, 1)`` or ``(.., K, K)``.
+    """
+
+    weights: Tensor
+    queries: Tensor
+    ends: Tensor
+    carry: Tensor
+
+
+class LowerInverse(torch.autograd.Function):
+    """``(I + tril(matrix, -1))^-1``."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:
+        inverse = unit_lower_inverse(matrix)
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+
+
+def chunked(q: Tensor, k: Tensor, g: Tensor, beta: Tensor | None) -> Chunk:
+    """What each chunk does, from q, k ``(B, N, H, C, K)``, g and beta ``(B, N, H, C)``."""
+    dtype, C = q.dtype, q.shape[3]
+    # fp64 keeps the digits of a decay near 1 that follows one near 0
+    sums = g.double().clamp(min=MIN_LOG_DECAY).cumsum(-1)
+    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
+    pair = (sums[..., :, None] - sums[..., None, :]).masked_fill(later, float("-inf")).exp().to(dtype)
+    start, end = sums.exp().to(dtype)[..., None], (sums[..., -1:] - sums).exp().to(dtype)[..., None]
+    scores, carry = (q @ k.mT) * pair, start[..., -1:, :]
+    queries, ends = q * start, (k * end).mT
+    if beta is None:
+        return Chunk(scores, queries, ends, carry)
+    inverse = LowerInverse.apply((k * beta[..., None]) @ k.mT * pair) * beta[..., None, :]
+    weights, ends, k = scores @ inverse, ends @ inverse, k * start
+    eye = torch.eye(k.shape[-1], dtype=dtype, device=k.device)
+    return Chunk(weights, queries - weights @ k, ends, carry * eye - ends @ k)
+
+
+def level_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    level_weights: Tensor,
+    line: Timeline,
+    chunk_size: int,
+    states: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Reads all levels of the past, with weights.
+
+    Args:
+        q, k: ``(B, T, H, K)``. v: ``(B, T, H, V)``. g, beta: ``(B, T, H)`` log decay, write strength or None.
+        level_weights: ``(B, T, H, L)``. line: documents. chunk_size: power of two.
+        states: ``(B, L, H, K, V)`` levels that the cached document has reached, None without a cache.
+
+    Returns:
+        ``(B, T, H, V)`` in v's dtype, and the levels after the last token of each row.
+    """
+    T, out_dtype = q.shape[1], v.dtype
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    size = chunk_of(chunk_size, T)
+    grid = Grid.of(line, size)
+    q, k, v, g, lam = (grid.split(z, dtype) for z in (q, k, v, g, level_weights))
+    chunk = chunked(q, k, g, None if beta is None else grid.split(beta, dtype))
+    slot = torch.arange(size, device=q.device)
+    table = bits(slot[:, None] ^ slot)
+    own = lam.gather(-1, table.expand(*lam.shape[:-1], size))
+    o, writes = (chunk.weights * own) @ v, chunk.ends @ v
+    low = previous = high = None
+    inner, top = size.bit_length(), grid.levels  # levels inside a chunk, and of whole chunks
+    if states is not None:
+        aligned = _per_row(grid.first == 0, 4)
+        began = _per_row(grid.first + grid.index[:, 0] > 0, 4)
+        low, high = states[:, :inner] * began, states[:, inner : inner + top]
+        previous = (low * aligned).sum(1)
+        low = low * ~aligned
+        more, levels = _read_low(chunk, lam, low, grid)
+        o = torch.cat([o[:, :1] + more[:, None], o[:, 1:]], dim=1)
+        over = (chunk.carry[:, 0] * low.sum(1)) if beta is None else chunk.carry[:, 0] @ low.sum(1)
+        writes = torch.cat([writes[:, :1] + over[:, None], writes[:, 1:]], dim=1)
+    before = _pass(chunk.carry, writes, grid, top, high, previous, beta is not None)
+    if top:
+        shares = lam[..., inner : inner + top, None] * chunk.queries[..., None, :]  # B,N,H,C,M,K
+        o = o + shares.flatten(-2) @ before.transpose(2, 3).flatten(3, 4)
+    if states is None:
+        return grid.join(o, T).to(out_dtype), None
+    after = _last(chunk, v, grid, before, low, levels, states)
+    return grid.join(o, T).to(out_dtype), after
+
+
+def chunk_of(chunk_size: int, length: int) -> int:
+    """C: no larger than the tokens need."""
+    return min(chunk_size, 1 << (length - 1).bit_length())
+
+
+def _per_row(flags: Tensor, more: int) -> Tensor:
+    return flags.reshape(-1, *(1,) * more)
+
+
+def _carried(carry: Tensor, states: Tensor, full: bool) -> Tensor:
+    """States ``(B, M, H, K, V)`` over one chunk."""
+    return carry[:, None] @ states if full else carry[:, None] * states
+
+
+def _pass(
+    carry: Tensor,
+    writes: Tensor,
+    grid: Grid,
+    top: int,
+    levels: Tensor | None,
+    previous: Tensor | None,
+    full: bool,
+) -> Tensor:
+    """Levels of whole chunks as each chunk reads them, ``(B, N, M, H, K, V)``."""
+    B, N, H, K, V = writes.shape
+    if levels is None:
+        levels = writes.new_zeros(B, top, H, K, V)
+        previous = writes.new_zeros(B, H, K, V)
+    level, found = torch.arange(1, top + 1, device=writes.device), []
+    for n in range(N):
+        i = grid.index[:, n]
+        merged = bits(i & -i)
+        if n == 0:  # a chunk that goes on has merged already
+            merged = merged * (grid.first == 0)
+        below, at = (z[..., None, None, None] for z in (level < merged[:, None], level == merged[:, None]))
+        levels = levels * _per_row(i > 0, 4)
+        joined = previous + (levels * below).sum(1)
+        levels = levels * ~below + at * joined[:, None]
+        found.append(levels)
+        levels, previous = _carried(carry[:, n], levels, full), writes[:, n]
+    return torch.stack(found, dim=1)
+
+
+def _read_low(chunk: Chunk, lam: Tensor, low: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What the first chunk reads of earlier tokens in it; and slots that stand for each of their levels."""
+    count, size = low.shape[1], grid.size
+    end = (grid.first - 1).clamp(min=0)[:, None]
+    level = torch.arange(count, device=low.device)
+    stands = torch.where(level == 0, end, (end >> level) << level)  # (B or 1, levels)
+    slot = torch.arange(size, device=low.device)[:, None]
+    table = bits(slot ^ stands[:, None])[:, None].expand(*lam[:, 0].shape[:-1], count)
+    shares = lam[:, 0].gather(-1, table)[..., None] * chunk.queries[:, 0, ..., None, :]  # B,H,C,levels,K
+    return shares.flatten(-2) @ low.transpose(1, 2).flatten(2, 3), stands
+
+
+def _last(
+    chunk: Chunk, v: Tensor, grid: Grid, before: Tensor, low: Tensor, stands: Tensor, states: Tensor
+) -> Tensor:
+    """All levels after each row's last token; rows without a token keep theirs."""
+    B, inner, full = len(v), low.shape[1], chunk.carry.shape[-1] > 1
+    row, (at, slot) = torch.arange(B, device=v.device), grid.last.expand(B, 2).T
+    ends, values, carry, high = chunk.ends[row, at], v[row, at], chunk.carry[row, at], before[row, at]
+    level = torch.arange(inner, device=v.device)
+    own = bits(torch.arange(grid.size, device=v.device) ^ slot[:, None])[..., None] == level  # B,C,levels
+    parts = (values[..., None, :] * own[:, None, ..., None]).flatten(-2)  # B,H,C,levels V
+    inside = (ends @ parts).unflatten(-1, (inner, -1)).movedim(3, 1)
+    moved = bits(stands ^ slot[:, None])[..., None] == level  # B, from, to
+    kept = _carried(carry, low * _per_row(at == 0, 4), full)
+    inside = inside + (kept[:, :, None] * moved[..., None, None, None]).sum(1)
+    after = torch.cat([inside, _carried(carry, high, full), states[:, inner + high.shape[1] :] * 0], dim=1)
+    if grid.place is None:
+        return after
+    some = (grid.place < grid.count * grid.size).any(1)
+    return torch.where(_per_row(some, 4), after, states)
