@@ -33,7 +33,7 @@ def convert_command(options: argparse.Namespace) -> int:
     model, tokenizer = load(source)
     checkpoint = read_checkpoint(source, "run")
     folder = find_checkpoint(source, "run").parent.parent
-    calibration, held_out = _text(folder, options.samples)
+    calibration, held_out = text_of(folder, options.samples)
     new, report = convert(model, options.method, calibration, held_out, **given)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer")
@@ -88,7 +88,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     return given
 
 
-def _text(folder: Path, samples: int) -> tuple[Tensor, Tensor]:
+def text_of(folder: Path, samples: int) -> tuple[Tensor, Tensor]:
     """Calibration and held-out tokens ``(N, T + 1)`` of the run's own data."""
     if samples < 1:
         raise ValueError(f"--samples: must be at least 1, got {samples}")
