@@ -19,6 +19,8 @@ from attnzoo.attention.stages.out import LinearOut
 from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.stages.refine import QKNorm
+from attnzoo.objective import BlockDiffusion
+
 
 CHAINS = ("refine", "combine", "after")
 IMPLS = ("auto", "reference", "sdpa", "flex", "triton", "xformers")
@@ -39,7 +41,7 @@ class Draft:
         project_width: q/k width out of the projection where a feature map changes it (0 = head_dim).
         qk_width: width of a whole q/k head.
         hooks: what variants do once all of them have spoken: stages that need the final shapes, checks.
-        gives, needs: see `Mixer`.
+        gives, needs, objective: see `Mixer`.
         borrows: keys and values are another layer's; refine stages change queries only.
         lends: the name under which later layers find this layer's keys ("" = they do not).
     """
@@ -65,6 +67,7 @@ class Draft:
     gives: dict[str, object] = field(default_factory=dict)
     needs: dict[str, object] = field(default_factory=dict)
     borrows: bool = False
+    objective: BlockDiffusion | None = None
     lends: str = ""
 
     @property
@@ -84,6 +87,20 @@ class Draft:
     def last(self, hook: Callable[[Draft], None]) -> None:
         """Runs ``hook`` after all variants of the composition."""
         self.hooks.append((self.current, hook))
+
+    def check_unbuilt(self) -> None:
+        """Whether head counts may still change.
+
+        Raises:
+            ValueError: another variant of the composition already built a stage for them.
+        """
+        counted = ("project", "refine", "gates", "scan", "score", "combine", "out")
+        built = [slot for slot in counted if self.slots.get(slot)]
+        if built:
+            raise ValueError(
+                f"add: {' and '.join(built)} are built for other head counts than those of {self.current}; "
+                "leave one of the variants out"
+            )
 
     def settle(self) -> None:
         """Runs the hooks, each in its variant's name."""
@@ -235,6 +252,7 @@ class ScoreFrame(Frame):
             sizes=(draft.score_heads or H, draft.qk_width, draft.v_head_dim),
         )
         own = {name: slots[name] for name in ("score", "normalise") if name in slots}
+        own |= {} if getattr(slots["read"], "plain", True) else {"read": slots["read"]}
         between = [type(stage).__name__ for stage in (*slots["refine"], *own.values())]
         mixer.choices = choose_score(host["impl"], own, slots["mask"], project.late, between)
         return mixer

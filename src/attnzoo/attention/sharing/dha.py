@@ -182,6 +182,7 @@ def dha(
     Reduces to: gqa with consecutive tables and G_k = G_v, mha where both are H; mha in fusion at w = I; in
         fusion with zero loss, the dha that `collapse` gives.
     """
+    draft.check_unbuilt()
     H = draft.num_heads
     tables = (
         _table(draft, "key", num_key_heads, key_map),

@@ -150,6 +150,7 @@ def diffqkv(
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: gqa with aug_dim=0 and G_k = G_v, mha where both are H; the same with key heads repeated.
     """
+    draft.check_unbuilt()
     H, width = draft.num_heads, draft.head_dim
     G_k = num_key_heads or _largest(H, max(1, H // 8), num_value_heads or 1)
     G_v = num_value_heads or _largest(H, max(G_k, H // 2), G_k)

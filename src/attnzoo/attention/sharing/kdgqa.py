@@ -140,6 +140,7 @@ def at_least(alloc: list[int], least: int) -> list[int]:
 
 
 def _recipe(draft: Draft, kind: str, every: int, least: int) -> None:
+    draft.check_unbuilt()
     H = draft.num_heads
     if draft.host["num_kv_heads"] is None:
         set_heads(draft, min(H, max(2, H // 4)), draft.host["head_dim"])
@@ -171,6 +172,8 @@ _SHARED = {
     "arxiv": "2408.08454",
     "family": "sharing",
     "cached": "k, v: 2 G d per token",
+    "adapted": "The paper shares query heads out by the key norms of the batch itself, later tokens and "
+    "other sequences included; here by those of past optimiser steps, and not at all in evaluation.",
     "small": {"num_kv_heads": 3},
 }
 

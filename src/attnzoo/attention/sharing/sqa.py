@@ -82,6 +82,7 @@ def sqa(
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: gqa with H_q = H; gqa of H_q heads with head_dim = D / H; a narrower mha with H_q = G.
     """
+    draft.check_unbuilt()
     H, given = draft.num_heads, draft.host["num_kv_heads"]
     if setting is not None:
         H_q, G = _parts(setting, H)

@@ -134,6 +134,7 @@ def wgqa(
     Reduces to: gqa with mean-pooled key and value weights at the start; gqa with `merge`'s weights; mha with
         G = H and weights 1.
     """
+    draft.check_unbuilt()
     if draft.host["num_kv_heads"] is None:
         H = draft.num_heads
         groups = max(g for g in range(1, max(1, H // 4) + 1) if H % g == 0)
