@@ -1,0 +1,285 @@
+"""Mega: a damped moving average gives every token its surroundings, then one gated head of attention.
+
+Mega: Moving Average Equipped Gated Attention, arXiv 2209.10655.
+
+    n = LayerNorm(x);  EMA per channel, N states: p = sigmoid(delta), q = 1 - p sigmoid(alpha)
+    h_t = q h_(t-1) + p beta n_t,   m_t = silu(sum_N gamma h_t / sqrt(N) + omega n_t)
+    v = silu(n W_v),  [u | z | r | c] = m W,  u = sigmoid(u), z = silu(z), r = silu(r)
+    queries z gamma_0 + beta_0, keys z gamma_1 + beta_1, width Z, one head;  b = relative bias
+    softmax(q k / sqrt(Z) + b);  laplace (1 + erf((q k / n_t + b - sqrt(1/2)) / (sigma sqrt 2))) / 2;
+    relu2: relu(q k / n_t + b)^2;   n_t visible keys
+    y = u * (silu(c + ((A v) * r) W_h) - residual)
+
+Cached: h (D N) in fp32; k and v (Z + E per token), of the current chunk only where ``attn_chunk`` is set. Our
+choice: the EMA is a convolution by its own kernel, which is exact at documents and never truncated; x is what
+the block hands over, so that LayerNorm follows its norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention.base import Call, Choices, Stage, flag, same
+from attnzoo.attention.draft import Draft
+from attnzoo.attention.hybrid.ema import DampedAverage
+from attnzoo.attention.memory import Retain, Slot
+from attnzoo.attention.own import Core
+from attnzoo.attention.stages.mask import Blocks, Causal
+from attnzoo.attention.stages.position import Rope
+from attnzoo.cost import Work
+from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
+from attnzoo.registry import Card, register
+
+
+class TableBias(nn.Module):
+    """``table[T_max - 1 + j - i]`` for a query at i and a key at j; given positions that are further apart
+    than any of the table take its ends.
+    """
+
+    appended = 0
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+        self.table = flag(nn.Parameter(0.02 * torch.randn(2 * reach - 1)), reinit=False)
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """``distance`` key minus query."""
+        last = self.reach - 1
+        return self.table[(last + distance.clamp(-last, last)).long()]
+
+
+class RotaryBias(nn.Module):
+    """``a . R(j - i) b`` for a query at i and a key at j: further channels of both."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.appended, self.rope = width, Rope(width, field="z_dim")
+        self.a = flag(nn.Parameter(0.02 * torch.randn(width)), reinit=False)
+        self.b = flag(nn.Parameter(0.02 * torch.randn(width)), reinit=False)
+
+    def forward(self, vector: Tensor, pos: Tensor, call: Call) -> Tensor:
+        """``(B or 1, 1, T, Z)``."""
+        wide = vector.expand(pos.shape[0], 1, pos.shape[1], -1)
+        return self.rope.turn(wide, pos, call)
+
+
+class GatedHead(Core):
+    """EMA, one head of attention, its reset gate; what the output needs lies in ``call.notes``.
+
+    Args:
+        sizes: Z, E, N. act: of the scores. chunk: tokens attention reaches; None = all.
+        bias: the relative bias. limit: positions it knows; None = all. eps: of the LayerNorm.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        sizes: tuple[int, int, int],
+        act: str,
+        chunk: int | None,
+        bias: nn.Module,
+        limit: int | None,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.dim, (self.z_dim, self.h_dim, states) = draft.dim, sizes
+        self.act, self.chunk, self.bias, self.limit, self.eps = act, chunk, bias, limit, eps
+        self.ln_gain = flag(nn.Parameter(torch.ones(draft.dim)), decay=False)
+        self.ln_bias = flag(nn.Parameter(torch.zeros(draft.dim)), decay=False)
+        self.ema = DampedAverage(draft.dim, states)
+        self.parts = [draft.dim, self.z_dim, self.h_dim, draft.dim]
+        self.value = draft.linear("value", draft.dim, self.h_dim, bias=True)
+        site = draft.site
+        self.mixed = site.weights.linear("mixed", draft.dim, sum(self.parts), True, parts=self.parts)
+        self.gamma_z = flag(nn.Parameter(0.02 * torch.randn(2, self.z_dim)), reinit=False)
+        self.beta_z = flag(nn.Parameter(torch.zeros(2, self.z_dim)), decay=False, reinit=False)
+        self.mask = Causal() & Blocks(chunk) if chunk else Causal()
+
+    def forward(self, call: Call) -> Tensor:
+        """``(B, T, 1, E)``: what attention reads, under the reset gate."""
+        self._check(call)
+        normed = F.layer_norm(call.x, call.x.shape[-1:], self.ln_gain, self.ln_bias, self.eps)
+        normed = call.line.blank(normed)
+        v = F.silu(self.value(normed))
+        u, z, r, call.notes["candidate"] = self.mixed(F.silu(self.ema(normed, call))).split(self.parts, -1)
+        call.notes["update"] = torch.sigmoid(u)
+        q, k = (F.silu(z) * g + b for g, b in zip(self.gamma_z, self.beta_z, strict=True))
+        rows = call.mem.rows
+        keys = Keys(rows("k", k[:, None]), rows("v", v[:, None]), call.mem.axis(), call.mem.aligned)
+        o = self._attend(q[:, None], keys, call)[:, 0]
+        return (o * F.silu(r))[:, :, None]
+
+    def _attend(self, q: Tensor, keys: Keys, call: Call) -> Tensor:
+        q, score = q * self._per_query(call).to(q.dtype), None
+        pos, places = call.line.pos, call.mem.places()
+        if self.bias.appended:  # part of a longer dot product
+            a, b = self.bias(self.bias.a, pos, call), self.bias(self.bias.b, places, call)
+            q, k = (
+                torch.cat([z, c.to(z.dtype).expand(len(z), -1, -1, -1)], -1) for z, c in ((q, a), (keys.k, b))
+            )
+            keys = keys._replace(k=k)
+        else:
+            score = lambda q, geo: q @ geo.keys.k.mT + self._table(geo, pos, places, q.dtype)  # noqa: E731
+        return attention(
+            q,
+            keys,
+            mask=self.mask,
+            query=call.query,
+            scale=1.0,
+            score=score,
+            normalise={"softmax": None, "laplace": _laplace, "relu2": _relu2}[self.act],
+            impl=self.choices["cpu" if q.device.type in ("cpu", "meta") else "cuda"].impl,
+            once=call.line.once,
+        )
+
+    def _per_query(self, call: Call) -> Tensor:
+        """What divides the scores: sqrt(Z), or the number of visible keys."""
+        order = call.line.order.double()
+        if self.act == "softmax":
+            return torch.full_like(order[:, None, :, None], self.z_dim**-0.5)
+        return 1 / ((order % self.chunk if self.chunk else order) + 1)[:, None, :, None]
+
+    def _table(self, geo: Geo, pos: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(B or 1, 1, t, S)``."""
+        places = places if geo.cols is None else places[:, geo.cols]
+        return self.bias(places[:, None, None, :] - pos[:, None, geo.rows, None]).to(dtype)
+
+    @property
+    def _plain(self) -> bool:
+        return self.act == "softmax" and self.bias.appended > 0
+
+    def _check(self, call: Call) -> None:
+        """The table has a place for every distance."""
+        if self.limit is None:
+            return
+        line = call.line
+        last = line.past + line.length if line.doc is None else int(line.order.max()) + 1
+        if last > self.limit:
+            raise ValueError(
+                f"max_seq_len: the table of relative positions ends at {self.limit}, got {last} tokens; "
+                "raise max_seq_len, or set rel_pos_bias=rotary or attn_chunk"
+            )
+
+    def choose(self, asked: str) -> Choices:
+        if asked == "auto":
+            plain = self._plain
+            why = "softmax of one longer dot product: fused" if plain else "scores of its own: plain torch"
+            self.choices = same("sdpa" if plain else "reference", why)
+        elif asked == "sdpa" and self._plain:
+            self.choices = same(asked, "asked for")
+        else:
+            self.choices = super().choose(asked)
+        return self.choices
+
+    def memory(self) -> dict[str, Slot]:
+        rows = {"k": Slot("rows", (1, self.z_dim)), "v": Slot("rows", (1, self.h_dim))}
+        return rows | {"h": Slot("state", (self.dim, self.ema.states))}
+
+    def retain(self) -> Retain | None:
+        return Retain(0, self.chunk) if self.chunk else None
+
+    def work(self, length: int) -> Iterable[Work]:
+        yield from self.ema.work(length)
+        yield Work("projections", "W_v", 2 * length * self.dim * self.h_dim)
+        yield Work("projections", "W", 2 * length * self.dim * sum(self.parts))
+        visible = self.mask.pairs(length)
+        computed = computed_pairs(self.mask, length, self.choices["cpu"].impl)
+        per = 2 * (self.z_dim + self.h_dim)
+        yield Work("mixing", "attention", per * visible, per * computed, "hidden keys of a tile")
+        if self.bias.appended:
+            bias = 2 * self.bias.appended * computed
+            yield Work("mixing", "bias", 0, bias, "channels that carry the bias")
+
+    def elementwise(self) -> dict[str, float]:
+        return self.ema.elementwise()
+
+
+class Update(Stage):
+    """``u * (silu(c + o W_h) - residual)``."""
+
+    def __init__(self, draft: Draft, width: int) -> None:
+        super().__init__()
+        self.sizes = (width, draft.dim)
+        self.hidden = draft.site.weights.linear("out", *self.sizes, True, std=draft.site.out_std)
+
+    def forward(self, o: Tensor, call: Call) -> Tensor:
+        h = F.silu(call.notes["candidate"] + self.hidden(o.flatten(2)))
+        return call.notes["update"] * (h - call.residual)
+
+    def work(self, length: int) -> Iterable[Work]:
+        yield Work("projections", "W_h", 2 * length * self.sizes[0] * self.sizes[1])
+
+
+def _laplace(s: Tensor, visible: Tensor) -> Tensor:
+    deviation = 0.282095
+    p = 0.5 * (1 + torch.erf((s - 0.707107) / (deviation * math.sqrt(2))))
+    return p.masked_fill(~visible, 0.0)
+
+
+def _relu2(s: Tensor, visible: Tensor) -> Tensor:
+    return s.relu().square().masked_fill(~visible, 0.0)
+
+
+@register(
+    Card(
+        name="mega",
+        title="Moving-average equipped gated attention",
+        paper="Mega: Moving Average Equipped Gated Attention",
+        arxiv="2209.10655",
+        family="hybrid",
+        summary="A damped multi-dimensional moving average, then one gated head of attention.",
+        cached="the average's state h (D N); k, v (Z + E) per token, or of the current chunk",
+        claims=(
+            "WikiText-103: perplexity 18.07 with 252M; enwik8: 1.02 bits per character",
+            "Long Range Arena: 88.21 on average, 85.66 in chunks",
+        ),
+        small={"attn_chunk": 6, "rel_pos_bias": "rotary", "attn_act": "laplace", "ema_dim": 3},
+    ),
+    frames=("own",),
+    host={"norm_eps": 1e-5},
+    fixed={"out_bias": "the output always has its bias"},
+)
+def mega(
+    draft: Draft,
+    *,
+    z_dim: int | None = None,
+    h_dim: int | None = None,
+    ema_dim: int = 16,
+    attn_act: Literal["softmax", "laplace", "relu2"] = "softmax",
+    rel_pos_bias: Literal["simple", "rotary"] = "simple",
+    attn_chunk: int | None = None,
+) -> None:
+    """Sets core and output.
+
+    Args:
+        z_dim: Z, even with the rotary bias; default D / 4, rounded down to an even number, at least 2.
+        h_dim: E; default 2 D. ema_dim: N.
+        attn_act: softmax (language), laplace or relu2.
+        rel_pos_bias: a table, which ends at max_seq_len (or attn_chunk), or two rotated vectors.
+        attn_chunk: attention inside fixed chunks of the document only; default all of the past.
+
+    Shape: (B, T, D) -> (B, T, D). num_heads only slices what a composition gates.
+    Reduces to: the stream itself where u = 0; attn_chunk >= T to none; a plain moving average (no damping).
+    """
+    Z = max(2, draft.dim // 8 * 2) if z_dim is None else z_dim
+    E = 2 * draft.dim if h_dim is None else h_dim
+    for name, value in (("z_dim", Z), ("h_dim", E), ("ema_dim", ema_dim), ("attn_chunk", attn_chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: must be at least 1, got {value}")
+    limit = None
+    if rel_pos_bias == "rotary":
+        bias: nn.Module = RotaryBias(Z)
+    else:
+        limit = None if attn_chunk else draft.site.max_len
+        bias = TableBias(attn_chunk or draft.site.max_len)
+    core = GatedHead(draft, (Z, E, ema_dim), attn_act, attn_chunk, bias, limit, draft.host["norm_eps"])
+    draft.o_heads, draft.v_head_dim = 1, E
+    draft.put("core", core)
+    draft.put("out", Update(draft, E))
