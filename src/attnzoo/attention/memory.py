@@ -225,9 +225,9 @@ class Memory:
         """
         if self.cache is None:
             return new
-        line, (_, heads, M, d) = self.line, new.shape
+        line, (B, heads, M, d) = self.line, new.shape
         room = line.clock.room // per
-        old = self.cache.slots[name][:, : heads * room * d].view(-1, heads, room, d)
+        old = self.cache.slots[name][:, : heads * room * d].view(B, heads, room, d)
         if not line.clock.ragged:
             had = line.past // per
             both = torch.cat([old[:, :, :had].to(new.dtype), new], dim=2)

@@ -92,6 +92,7 @@ class Single(Stage):
 
     counts = False
     whole = False
+    plain = True
 
     def forward(self, q: Tensor, keys: Keys, attend, call: Call) -> Tensor:
         return attend(q, keys)
