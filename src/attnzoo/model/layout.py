@@ -1,10 +1,13 @@
-"""Which mixer stands in which layer."""
+"""Which mixer stands in which layer, and whether layers that depend on each other fit."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+from attnzoo.attention.base import Mixer
+from attnzoo.registry import legal_options
 
 
 class LayerSpec(NamedTuple):
@@ -55,3 +58,34 @@ def _entry(item: Any) -> LayerSpec:
     if isinstance(item, Mapping) and isinstance(item.get("name"), str):
         return LayerSpec(item["name"], {k: v for k, v in item.items() if k != "name"})
     raise ValueError(f"layout: an entry is a variant's name or a mapping with a name, got {item!r}")
+
+
+def check_layers(mixers: Sequence[Mixer]) -> None:
+    """Whether every layer that reads what another layer leaves finds it, as it needs it.
+
+    Raises:
+        ValueError: naming both layers and what they differ in.
+    """
+    given: dict[str, tuple[int, object]] = {}
+    for i, mixer in enumerate(mixers):
+        for name, wanted in mixer.needs.items():
+            if name not in given:
+                raise ValueError(
+                    f"layout: layer {i} ({mixer.name}) reads {name!r}, which no earlier layer gives; "
+                    "put the layer that makes it before it"
+                )
+            source, offered = given[name]
+            # a spec may take more than its equal
+            fits = wanted.accepts(offered) if hasattr(wanted, "accepts") else offered == wanted
+            if not fits:
+                raise ValueError(
+                    f"layout: layer {i} ({mixer.name}) needs {name!r} with {wanted}, "
+                    f"layer {source} gives {offered}; give both the same options"
+                )
+        given |= {name: (i, what) for name, what in mixer.gives.items()}
+
+
+def legal_of(name: str, own: dict[str, Any], shared: dict[str, Any]) -> set[str]:
+    """Options that a layer takes, with those of what is added to it."""
+    add = own.get("add", shared.get("add")) or ()
+    return legal_options(name, (add,) if isinstance(add, str) else tuple(add))
