@@ -1,0 +1,269 @@
+"""Multipole attention: the same windowed attention at every level of a pooling pyramid, summed back up.
+
+Linear Attention with Global Context: A Multipole Attention Mechanism for Vision and Physics, 2025.
+
+    x^0 = x,   x^l_c = sum_(j < r) x^(l-1)_(c r + j) down_j                 or the mean
+    out^l = W_o MHA(LN2(LN1(x^l))) inside blocks of w tokens of level l, causal, weights shared by the levels
+    res = out^(L-1);   for n = 0, 1 ..:  l = L - 2 - n,
+    res_i = out^l_i + up_((i+1) mod r) res_(floor((i+1) / r) - 1) / (n + 1),   y = res at level 0
+
+Cached, at each level: the keys and values of the current block (at most w - 1 earlier tokens), the r - 1
+tokens of the level that are not pooled yet, the last res. Our choice (the published form is 2-D and reads
+both sides): a token reads a coarse one once that is complete, which shifts the up-sampling; complete coarse
+tokens, blocks and shifts are counted inside the document. No positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnzoo.attention.base import Call, Choices, flag, same
+from attnzoo.attention.draft import Draft
+from attnzoo.attention.memory import Slot
+from attnzoo.attention.own import Core, Flat
+from attnzoo.attention.stages.mask import Blocks, Causal
+from attnzoo.attention.timeline import Axis
+from attnzoo.cost import Work
+from attnzoo.ops.attention import Keys, attention, computed_pairs
+from attnzoo.registry import Card, register
+
+
+class Level(NamedTuple):
+    """The tokens of one level that this forward completes, the rest of the axis at the right being empty.
+
+    Args:
+        x: ``(B, n, D)``. order: ``(B or 1, n)`` index inside the document, in tokens of the level.
+        doc: ``(B, n)`` document, -1 where empty; None = all one. live: ``(B or 1, n)`` not empty.
+        reads: ``(B or 1, n')`` at the finer level: how many of these tokens are complete at each of its own.
+        seen: ``(B or 1, 1)`` tokens of the level in the cached document before.
+    """
+
+    x: Tensor
+    order: Tensor
+    doc: Tensor | None
+    live: Tensor
+    reads: Tensor | None
+    seen: Tensor
+
+
+class Pyramid(Core):
+    """See the module.
+
+    Args:
+        levels: L. rate: r. window: w. down, up: "conv" or "avg". eps: of the LayerNorms.
+    """
+
+    def __init__(
+        self, draft: Draft, levels: int, rate: int, window: int, down: str, up: str, eps: float
+    ) -> None:
+        super().__init__()
+        D = draft.dim
+        self.dim, self.heads, self.levels, self.rate, self.eps = D, draft.o_heads, levels, rate, eps
+        self.window, self.mask = window, Causal() & Blocks(window)
+        for name in ("ln1", "ln2"):
+            self.register_parameter(f"{name}_gain", flag(nn.Parameter(torch.ones(D)), decay=False))
+            self.register_parameter(f"{name}_bias", flag(nn.Parameter(torch.zeros(D)), decay=False))
+        self.qkv = draft.site.weights.linear("qkv", D, 3 * D, parts=[D, D, D])
+        self.out = draft.site.weights.linear("out", D, D, True, std=draft.site.out_std)
+        std = (rate * D) ** -0.5
+        self.down = nn.Parameter(std * torch.randn(rate, D, D)) if down == "conv" and levels > 1 else None
+        self.up = nn.Parameter(D**-0.5 * torch.randn(rate, D, D)) if up == "conv" and levels > 1 else None
+        for param in (self.down, self.up):
+            if param is not None:
+                flag(param, reinit=False)
+
+    def forward(self, call: Call) -> Tensor:
+        pyramid = self._pooled(call)
+        outs = [self._attend(level, i, call) for i, level in enumerate(pyramid)]
+        res = outs[-1]
+        for fine in range(len(pyramid) - 2, -1, -1):
+            # the published factor counts from the coarse end, empty levels included
+            factor = 1 / (self.levels - 1 - fine)
+            res = outs[fine] + factor * self._raised(res, pyramid[fine], pyramid[fine + 1], fine + 1, call)
+        return res.unflatten(-1, (self.heads, -1))
+
+    def _pooled(self, call: Call) -> list[Level]:
+        """All levels that have tokens, or have had some."""
+        line = call.line
+        if line.clock is None:
+            seen = torch.zeros_like(line.order[:, :1])
+        elif line.clock.ragged:
+            seen = (line.clock.used - line.clock.start)[:, None]
+        else:
+            seen = torch.full_like(line.order[:, :1], line.past)
+        live = torch.ones_like(line.order, dtype=torch.bool) if line.valid is None else line.valid
+        doc = line.doc if line.valid is None else line.doc.masked_fill(~live, -1)
+        found = [Level(call.x, line.order, doc, live, None, seen)]
+        while len(found) < self.levels:
+            level = self._coarser(found[-1], len(found), call)
+            if level is None:
+                break
+            found.append(level)
+        return found
+
+    def _coarser(self, fine: Level, index: int, call: Call) -> Level | None:
+        r, n, line = self.rate, fine.x.shape[1], call.line
+        ends = fine.live & ((fine.order + 1) % r == 0)
+        reads = ends.cumsum(1)
+        if line.doc is None:
+            before = line.past // r ** (index - 1) if line.clock else 0
+            room = (before + n) // r - before // r
+        else:
+            room = n // r if call.mem.cache is None else -(-n // r)
+        both = self._held(f"pool{index}", fine.x, fine, r - 1, call)
+        if room == 0 and (call.mem.cache is None or n == 0):
+            return None
+        step = torch.arange(n, device=reads.device).expand_as(reads)
+        slot = torch.where(ends, reads - 1, room)  # the last place takes what ends no block
+        at = torch.zeros(len(reads), room + 1, dtype=torch.long, device=reads.device)
+        at = at.scatter(1, slot, step)[:, :room]
+        live = torch.arange(room, device=reads.device)[None] < reads[:, -1:]
+        doc = None if fine.doc is None else fine.doc.gather(1, at).masked_fill(~live, -1)
+        order = ((fine.order.gather(1, at) + 1) // r - 1).masked_fill(~live, 0)
+        # token i of the finer level stands at r - 1 + i, its block begins r - 1 earlier
+        place = (at[..., None] + torch.arange(r, device=at.device)).flatten(1)
+        place = place[..., None].expand(len(fine.x), -1, self.dim)
+        blocks = both.gather(1, place).unflatten(1, (room, r))
+        x = blocks.mean(2) if self.down is None else blocks.flatten(2) @ self.down.flatten(0, 1)
+        x = torch.where(live[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return Level(x, order, doc, live, reads, fine.seen // r)
+
+    def _attend(self, level: Level, index: int, call: Call) -> Tensor:
+        """``(B, n, D)``."""
+        z, past = level.x, self.window - 1
+        for name in ("ln1", "ln2"):
+            gain, bias = getattr(self, f"{name}_gain"), getattr(self, f"{name}_bias")
+            z = F.layer_norm(z, z.shape[-1:], gain, bias, self.eps)
+        q, kv = self.qkv(z).split([self.dim, 2 * self.dim], dim=-1)
+        axis = query = Axis(level.order, level.doc)
+        if call.mem.cache is not None:
+            kv = self._held(f"kv{index}", kv, level, past, call)
+            earlier = level.seen - past + torch.arange(past, device=level.seen.device)
+            doc = torch.where(earlier >= 0, 0, -1)
+            own = torch.zeros_like(level.order) if level.doc is None else level.doc
+            axis = Axis(torch.cat([earlier, level.order], 1), torch.cat([doc, own], 1))
+        if level.x.shape[1] == 0:
+            return level.x
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
+        impl = self.choices["cpu" if q.device.type in ("cpu", "meta") else "cuda"].impl
+        o = attention(q, Keys(k, v, axis), mask=self.mask, query=query, impl=impl)
+        return self.out(o.transpose(1, 2).flatten(2))
+
+    def _raised(self, res: Tensor, fine: Level, coarse: Level, index: int, call: Call) -> Tensor:
+        """What every token of the finer level reads of the coarse ones that are complete, ``(B, n, D)``."""
+        # one earlier token in front, so that place 0 is what the cache holds
+        both, r = self._held(f"res{index}", res, coarse, 1, call), self.rate
+        turn = (fine.order + 1) % r
+        if self.up is None:
+            read = both.gather(1, coarse.reads[..., None].expand(len(both), -1, self.dim))
+        else:
+            first = 0 if call.mem.cache is not None else 1
+            made = (both[:, first:] @ self.up.transpose(0, 1).flatten(1)).unflatten(-1, (r, self.dim))
+            place = (coarse.reads - first).clamp(min=0) * r + turn
+            read = made.flatten(1, 2).gather(1, place[..., None].expand(len(both), -1, self.dim))
+        some = (fine.order + 1 >= r)[..., None]
+        return torch.where(some, read, torch.zeros((), dtype=read.dtype, device=read.device))
+
+    def _held(self, name: str, z: Tensor, level: Level, n: int, call: Call) -> Tensor:
+        """The ``n`` tokens of the level before this forward, then its own; keeps its last ``n``."""
+        old = call.mem.state(name)
+        if old is None:
+            return F.pad(z, (0, 0, n, 0))
+        both = torch.cat([old.to(z.dtype), z], dim=1)
+        last = level.live.sum(1, keepdim=True) + torch.arange(n, device=z.device)
+        call.mem.put(name, both.gather(1, last[..., None].expand(len(both), -1, z.shape[2])))
+        return both
+
+    def choose(self, asked: str) -> Choices:
+        if asked in ("auto", "sdpa"):
+            self.choices = same("sdpa", "softmax inside windows: fused")
+        else:
+            self.choices = super().choose(asked)
+        return self.choices
+
+    def memory(self) -> dict[str, Slot]:
+        slots = {f"kv{i}": Slot("tail", (self.window - 1, 2 * self.dim)) for i in range(self.levels)}
+        for i in range(1, self.levels):
+            slots[f"pool{i}"] = Slot("tail", (self.rate - 1, self.dim))
+            slots[f"res{i}"] = Slot("tail", (1, self.dim))
+        return slots
+
+    def work(self, length: int) -> Iterable[Work]:
+        n, D, r = length, self.dim, self.rate
+        for i in range(self.levels):
+            if n == 0:
+                break
+            yield Work("projections", f"level {i}: W_q, W_k, W_v, W_o", 8 * n * D * D)
+            pairs, run = self.mask.pairs(n), computed_pairs(self.mask, n, self.choices["cpu"].impl)
+            yield Work("mixing", f"level {i}: attention", 4 * D * pairs, 4 * D * run, "hidden keys of a tile")
+            coarse = n // r
+            if i + 1 < self.levels and coarse:
+                if self.down is not None:
+                    yield Work("mixing", f"level {i}: down", 2 * coarse * r * D * D)
+                if self.up is not None:
+                    reads, made = n - r + 1, coarse * r
+                    why = "what later tokens would read of the last coarse one"
+                    yield Work("mixing", f"level {i}: up", 2 * reads * D * D, 2 * made * D * D, why)
+            n = coarse
+
+
+@register(
+    Card(
+        name="mano",
+        title="Multipole attention",
+        paper="Linear Attention with Global Context: A Multipole Attention Mechanism for Vision and Physics",
+        family="hybrid",
+        summary="The same windowed attention at every level of a pooling pyramid: near fine, far coarse.",
+        cached="per level the current window's k, v, what is not pooled yet, the last result",
+        claims=("rivals ViT, Swin and neural operators at lower time and memory; no language results",),
+        small={"levels": 3, "window": 4},
+    ),
+    frames=("own",),
+    host={"norm_eps": 1e-5},
+    fixed={"out_bias": "every level's output has its bias, and no projection follows their sum"},
+)
+def mano(
+    draft: Draft,
+    *,
+    levels: int | None = None,
+    rate: int = 2,
+    window: int = 32,
+    down: Literal["conv", "avg"] = "conv",
+    up: Literal["conv", "avg"] = "conv",
+) -> None:
+    """Sets the core.
+
+    Args:
+        levels: L, with window * rate^(L - 1) at most max_seq_len where L > 1; default the most that do.
+        rate: r, tokens pooled into one, at least 2. window: w, tokens of a block at every level.
+        down, up: learned maps, or the mean and its copies.
+
+    Shape: (B, T, D) -> (B, T, D).
+    Reduces to: mha of LN2(LN1(x)) without positions with one level and window >= T; attention in blocks where
+        up is 0.
+    """
+    T_max = draft.site.max_len
+    if rate < 2:
+        raise ValueError(f"rate: must pool at least 2 tokens, got {rate}")
+    if window < 1:
+        raise ValueError(f"window: must be at least 1, got {window}")
+    if levels is None:
+        levels = 1
+        while window * rate**levels <= T_max:
+            levels += 1
+    if levels < 1:
+        raise ValueError(f"levels: must be at least 1, got {levels}")
+    if levels > 1 and window * rate ** (levels - 1) > T_max:
+        most = 1 + int(math.log(max(1, T_max / window), rate))
+        raise ValueError(
+            f"levels: window * rate^(levels - 1) must be at most max_seq_len={T_max}, got {levels} levels, "
+            f"which reach {window * rate ** (levels - 1)}; set levels={most} or raise max_seq_len"
+        )
+    draft.put("core", Pyramid(draft, levels, rate, window, down, up, draft.host["norm_eps"]))
+    draft.put("out", Flat())
