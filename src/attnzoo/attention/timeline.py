@@ -17,13 +17,16 @@ from torch import Tensor
 from attnzoo.context import Context
 
 
+EVERY = -2  # the document of a key that all documents have
+
+
 class Axis(NamedTuple):
     """The key axis: for each key its place in its document, its document, and whether all rows agree.
 
     Args:
         order: ``(B or 1, S)`` index of the key within its document.
-        doc: ``(B or 1, S)`` document run, -1 for a slot that holds nothing; None when all keys are of one
-            document.
+        doc: ``(B or 1, S)`` document run, -1 for a slot that holds nothing, `EVERY`; None when all keys are
+            of one document.
         tag: names the axis within one forward, so that tables made from it are shared by the layers.
     """
 

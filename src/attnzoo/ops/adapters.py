@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.stages.mask import Mask, band
-from attnzoo.attention.timeline import Axis
+from attnzoo.attention.timeline import EVERY, Axis
 from attnzoo_kernels.span import Span
 
 
@@ -66,12 +66,15 @@ def flex(
 
 def flex_rule(mask: Mask, query: Axis, key: Axis, batch: int) -> Callable[..., Tensor]:
     """The mask as FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` over documents and caches."""
+    query, key = mask.axes(query, key)
     q_order, k_order = (axis.order.expand(batch, -1) for axis in (query, key))
     if key.doc is None:
         return lambda b, h, i, j: mask.rule(q_order[b, i], k_order[b, j])
     doc = torch.zeros_like(query.order) if query.doc is None else query.doc
     q_doc, k_doc = doc.expand(batch, -1), key.doc.expand(batch, -1)
-    return lambda b, h, i, j: mask.rule(q_order[b, i], k_order[b, j]) & (q_doc[b, i] == k_doc[b, j])
+    return lambda b, h, i, j: mask.rule(q_order[b, i], k_order[b, j]) & (
+        (q_doc[b, i] == k_doc[b, j]) | (k_doc[b, j] == EVERY)
+    )
 
 
 @lru_cache

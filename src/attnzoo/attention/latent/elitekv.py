@@ -93,7 +93,7 @@ def choose_pairs(
         given = given[layer]
     if given.shape != (heads, r) or given.is_floating_point():
         raise ValueError(
-            f"rope_pairs_file: needs {heads} lists of num_rope_pairs={r} integers, for one layer or for each, "
+            f"rope_pairs_file: needs {heads} lists of num_rope_pairs={r} integers, for one layer or each, "
             f"got {tuple(given.shape)} in {path!r}"
         )
     given = given.sort(dim=1).values

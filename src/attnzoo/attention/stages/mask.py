@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call, Stage
 from attnzoo.attention.memory import Retain
-from attnzoo.attention.timeline import Axis
+from attnzoo.attention.timeline import EVERY, Axis
 
 
 class Mask:
@@ -44,13 +44,19 @@ class Mask:
         reach = self.reach()
         return None if reach is None else Retain(self.sinks(), reach + 1)
 
+    def axes(self, query: Axis, key: Axis) -> tuple[Axis, Axis]:
+        """Both axes as `rule` and the comparison of documents read them; for masks that relate documents."""
+        return query, key
+
     def visible(self, query: Axis, key: Axis) -> Tensor:
         """``(B or 1, T, S)`` bool, True where the query may use the key."""
+        query, key = self.axes(query, key)
         seen = self.rule(query.order[:, :, None], key.order[:, None, :])
         if key.doc is None:
             return seen
         doc = torch.zeros_like(query.order) if query.doc is None else query.doc
-        return seen & (doc[:, :, None] == key.doc[:, None, :])
+        own = key.doc[:, None, :]
+        return seen & ((doc[:, :, None] == own) | (own == EVERY))
 
     def dense(self, length: int, keys: int | None = None) -> Tensor:
         """``(T, S)`` bool table of one document whose last query meets the last key."""

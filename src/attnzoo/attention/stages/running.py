@@ -34,6 +34,36 @@ def running_sum(z: Tensor, call: Call, slot: str) -> Tensor:
     return sums
 
 
+def running_block_sum(z: Tensor, call: Call, slot: str, per: int) -> Tensor:
+    """``sum z_j`` over the token's block of ``per`` tokens, counted inside the document, up to the token.
+
+    Takes O(T log per) work and subtracts nothing, so that long sequences lose no digits.
+    """
+    line, start = call.line, call.mem.state(slot)
+    fill = (line.order % per).reshape(*line.order.shape, *(1,) * (z.dim() - 2))
+    z = line.blank(z)
+    if start is not None:
+        goes_on = start[:, None].to(z.dtype) * (fill[:, :1] > 0)
+        z = torch.cat([z[:, :1] + goes_on, z[:, 1:]], dim=1)
+    back = 1
+    while back < min(per, line.length):  # each token joins the run before its own until the block begins
+        earlier = torch.cat([torch.zeros_like(z[:, :back]), z[:, :-back]], dim=1)
+        z = z + earlier * (fill >= back)
+        back *= 2
+    if start is not None:
+        call.mem.put(slot, _newest(z, call, start))
+    return z
+
+
+def _newest(z: Tensor, call: Call, start: Tensor) -> Tensor:
+    """The last token's ``z``, padding aside; ``start`` in rows of nothing but padding."""
+    if call.line.valid is None:
+        return z[:, -1]
+    n = call.line.valid.sum(1)
+    newest = z[torch.arange(len(z), device=z.device), (n - 1).clamp(min=0)]
+    return torch.where((n > 0).reshape(-1, *(1,) * (z.dim() - 2)), newest, start.to(z.dtype))
+
+
 def count(call: Call, like: Tensor) -> Tensor:
     """``(B or 1, T)`` tokens of the document so far, the token included, in ``like``'s dtype."""
     return (call.line.order + 1).to(like.dtype)
