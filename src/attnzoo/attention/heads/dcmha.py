@@ -226,7 +226,7 @@ def dcmha(
         raise ValueError("static_proj: must be true where query_wise and key_wise are false, got false")
 
     def complete(done: Draft) -> None:
-        H = done.num_heads
+        H = done.score_heads or done.num_heads
         if done.num_kv_heads != H and not expand_kv:
             raise ValueError(
                 f"num_kv_heads: scores of all {H} heads are mixed, got {done.num_kv_heads} key heads; "
