@@ -50,7 +50,7 @@ def forms(subject: Subject) -> None:
 def _takes_chunks(subject: Subject, size: int) -> bool:
     """Whether it has the option, and does not refuse this size (a mechanism may need powers of two)."""
     # under its options a variant may be of a frame without chunks
-    if "chunk_size" not in getattr(subject.mixer(), "options", subject.takes):
+    if "chunk_size" not in subject.takes & set(getattr(subject.mixer(), "options", subject.takes)):
         return False
     try:
         subject.mixer(chunk_size=size)
