@@ -1,7 +1,7 @@
 """ScoreAttention: project, refine, position, score, mask, normalise, read, combine, out, after, in order.
 
 The frame owns the plumbing (cache, documents, masks, choice of implementation); a variant is the stages it
-changes.
+changes. A refine stage that cuts channels off queries and keys says how many in ``dropped()``.
 
 Ranks. refine: 10 shift and convolution, 20 maps shared by heads, 30 norms, 40 feature maps, 50 gates.
 combine: 10 merge heads, 20 local terms, 30 head norm, 40 gate, 50 router, 60 head mask.
@@ -172,7 +172,7 @@ class ScoreAttention(Mixer):
         turn_q = lambda z: z if project.turned else self.position.turn(z, call.line.pos, call)  # noqa: E731
         rotates = self.position.rotates
         turn_k = lambda z: self.position.turn(z, call.mem.places(), call) if rotates else z  # noqa: E731
-        plain = not self.refine and self.score is None and not self.read.whole
+        plain = not self.refine and self.score is None and not self.read.whole and not self.position.appended
         if plain and project.absorbs(q.shape[2], axis.order.shape[1]):
             call.raw = Raw(q, None, None)
             q, keys, finish = project.absorbed(turn_q(q), q_rot, rows, turn_k)
@@ -208,6 +208,7 @@ class ScoreAttention(Mixer):
         if self.read.counts:
             return
         mask, (heads, width, v_width) = self.mask.mask, self.sizes
+        width -= sum(stage.dropped() for stage in self.refine if hasattr(stage, "dropped"))
         per_pair, appended = 2 * heads * (width + v_width), 2 * heads * self.position.appended
         visible, computed = mask.pairs(length), computed_pairs(mask, length, self.impl)
         why = "hidden keys of a tile"
