@@ -14,7 +14,7 @@ Cached: S (H d d_v), z (H d), sum f(q) (H d), m (H) in fp32; the values of the l
 prefix_exact keeps key features and values instead.
 Our choice, since the method is for images: both causal forms; the last row of prefix_exact is that of the
 bidirectional layer (without positions). eps 1e-6 is measured against weights a whose largest is 1 (frozen)
-or whose sum is 1.
+or whose mean is 1.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class PrefixExact(Stage):
         k, v, turned = (z.to(wide).repeat_interleave(groups, dim=1) for z in (k, v, turned))
         q, bar = call.raw.q.to(wide), mean_query(call).to(wide).transpose(1, 2) * self.scale
         turned_q, rotates = terms.q.to(wide).transpose(1, 2), self.position.rotates
+        eps = (EPS / count(call, q))[:, None, :, None]
         seen = Causal().visible(call.query, call.mem.axis())[:, None]
 
         def run(rows: slice) -> tuple[Tensor]:
@@ -141,7 +142,7 @@ class PrefixExact(Stage):
             total = weights.sum(-1, keepdim=True)
             if rotates:
                 weights = a * (turned_q[:, :, rows] @ turned.mT)
-            return (weights @ v / (total + EPS),)
+            return (weights @ v / (total + eps[:, :, rows]),)
 
         with torch.autocast(v.device.type, enabled=False):
             (o,) = by_rows(run, q.shape[2], k.shape[2])
