@@ -166,8 +166,31 @@ def _feature(part: str, target: str, i: int) -> Rule:
     return rule
 
 
+def _side_by_side(given: Symbols, stage: QKV) -> Tensor:
+    """q, k and v (forget gate and input of some), or one matrix with the three of each head side by side."""
+    if "W_qkv" not in given:
+        return linear("W_q", "W_k|W_f", "W_v|W_i")(given, stage)
+    heads = given["W_qkv"].unflatten(1, (stage.heads[0], -1)).split(stage.widths, dim=2)
+    return torch.cat([part.flatten(1) for part in heads], dim=1).T
+
+
+def _taps(name: str, more: str) -> Rule:
+    """Taps or biases of one convolution, which may be part of one over values, keys and queries."""
+
+    def rule(given: Symbols, stage: ShortConv) -> Tensor:
+        if f"conv{more}" not in given:
+            other = {"conv_k": "conv_f", "conv_v": "conv_i"}.get(name, name)
+            return given[f"{name}{more}|{other}{more}"]
+        sizes = [heads * width for heads, width in stage.shapes]
+        q, k, v = range(3)
+        parts = given[f"conv{more}"].split([sizes[v], sizes[k], sizes[q]])
+        return parts[(v, k, q).index(ShortConv.names.index(name))]
+
+    return rule
+
+
 WEIGHTS: dict[type[Stage], dict[str, Rule]] = {
-    QKV: {"qkv_proj.weight": linear("W_q", "W_k", "W_v"), "qkv_proj.bias": plain("b_q", "b_k", "b_v")},
+    QKV: {"qkv_proj.weight": _side_by_side, "qkv_proj.bias": plain("b_q", "b_k", "b_v")},
     Latent: {
         "q_down.weight": linear("W_dq"),
         "q_gain": plain("gamma_q"),
