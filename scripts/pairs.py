@@ -15,7 +15,6 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -64,14 +63,18 @@ def try_pair(name: str, partner: str) -> dict[str, str]:
     """What becomes of ``name`` with ``partner``: "passes", "refused" with the reason, or "fails"."""
     torch.set_num_threads(1)
     card, start = attnzoo.card(name), time.perf_counter()
-    # the card's small options show the mechanism; where they are what the partner sets, the partner wins
-    options: Mapping[str, Any] = {**card.small, **PARTNERS[partner]}
-    subject = Subject.of(name, card.layers, **options)
     row = {"variant": name, "partner": partner}
-    try:
-        subject.make(DIM, HEADS, **options)
-    except ValueError as error:
-        return row | {"result": "refused", "reason": str(error), "seconds": ""}
+    # the card's small options show the mechanism; defaults where these have no room for the partner
+    for options in ({**card.small, **PARTNERS[partner]}, PARTNERS[partner]):
+        subject = Subject.of(name, card.layers, **options)
+        try:
+            subject.make(DIM, HEADS, **options)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            break
+    else:
+        return row | {"result": "refused", "reason": reason, "seconds": ""}
     broken = []
     for title, holds in PROPERTIES.items():
         try:

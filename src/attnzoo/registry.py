@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import walk_packages
@@ -71,6 +71,7 @@ class Entry:
     host: Mapping[str, Any]
     fixed: Mapping[str, str]
     choose: Choose | None = None
+    branches: tuple[str, ...] = ()
 
     def own_frames(self) -> tuple[str, ...]:
         """The frames that it can have when it is created by its name."""
@@ -87,6 +88,7 @@ def register(
     host: Mapping[str, Any] | None = None,
     fixed: Mapping[str, str] | None = None,
     choose: Choose | None = None,
+    branches: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a variant: a function that edits a `Draft`, its keyword-only parameters being the options.
 
@@ -96,6 +98,7 @@ def register(
         host: options of the frame that the variant presets, e.g. ``{"num_kv_heads": 1}``.
         fixed: options of the frame that make no sense here -> reason.
         choose: ``choose(site, **options)`` -> frame, for a variant whose layers or options differ in it.
+        branches: frames of the mixers inside it, where variants that fit these may be added.
 
     Raises:
         ValueError: the name is taken, or a trait or option is unknown.
@@ -120,7 +123,7 @@ def register(
             n: p.default for n, p in (frame | opts.keyword_options(change)).items() if n not in fixed
         } | {n: v for n, v in host.items() if n not in fixed}
         full = replace(card, traits=dict.fromkeys(TRAITS, True) | dict(card.traits), defaults=defaults)
-        _entries[card.name] = Entry(full, change, frames, host, fixed, choose)
+        _entries[card.name] = Entry(full, change, frames, host, fixed, choose, branches)
         return change
 
     return add
@@ -148,18 +151,28 @@ def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank:
     _check_size("num_heads", num_heads)
     title, others = _frames_of(entry, options, bank)
     frame = FRAMES[title]
-    adds = _added(name, options.pop("add", ()), title)
+    adds = _added(name, options.pop("add", ()), title, entry.branches)
     chosen = _sort_options(name, entry, adds, options, title, others)
     host = chosen.pop("")
     site = Site(host["layer_idx"], host["num_layers"], host["max_seq_len"], bank=bank)
     draft = Draft(frame, site, dim, num_heads, host=host, current=name)
     frame.begin(draft, **{k: host[k] for k in opts.keyword_options(frame.begin)})
+    for member in adds:
+        if title not in member.frames:
+            change = partial(member.change, **chosen[member.card.name])
+            draft.within.append((member.card.name, member.frames, change))
     for member in (entry, *adds):
-        draft.current = member.card.name
-        member.change(draft, **chosen[member.card.name])
+        if title in member.frames or member is entry:
+            draft.current = member.card.name
+            member.change(draft, **chosen[member.card.name])
+    if draft.within:
+        raise ValueError(
+            f"add: {draft.within[0][0]!r} changes {FRAMES[draft.within[0][1][0]].title}, no branch of {name!r} "
+            "is one under these options; leave it out"
+        )
     mixer = frame.finish(draft)
     mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, draft.site
-    mixer.gives, mixer.needs = draft.gives, draft.needs
+    mixer.gives, mixer.needs, mixer.objective = draft.gives, draft.needs, draft.objective
     mixer.options = (
         {"add": tuple(e.card.name for e in adds)}
         | host
@@ -194,6 +207,10 @@ def branch(
     )
     FRAMES[frame].begin(inner, **{k: options[k] for k in opts.keyword_options(FRAMES[frame].begin)})
     change(inner)
+    for entry in [e for e in draft.within if frame in e[1]]:
+        draft.within.remove(entry)
+        inner.current = entry[0]
+        entry[2](inner)
     inner.put("out", AsIs())
     mixer = FRAMES[frame].finish(inner)
     mixer.name, mixer.dim, mixer.num_heads = draft.current, draft.dim, inner.num_heads
@@ -267,18 +284,18 @@ def _check_size(field: str, value: int) -> None:
         raise ValueError(f"{field}: must be an integer of at least 1, got {value!r}")
 
 
-def _added(name: str, add: Any, frame: str) -> list[Entry]:
-    """The entries of ``add``, whose changes the frame must have a place for."""
+def _added(name: str, add: Any, frame: str, branches: tuple[str, ...]) -> list[Entry]:
+    """The entries of ``add``, whose changes the frame or a branch must have a place for."""
     names = [add] if isinstance(add, str) else list(add or ())
     entries = []
     for other in names:
         entry = _entry(other)
         if other == name or names.count(other) > 1:
             raise ValueError(f"add: {other!r} is already part of the composition; name it once")
-        if frame not in entry.frames:
+        if not {frame, *branches} & {*entry.frames}:
             raise ValueError(
-                f"add: {other!r} changes {FRAMES[entry.frames[0]].title}, {name!r} is {FRAMES[frame].title}; "
-                f"its stages have no place there"
+                f"add: {other!r} changes {FRAMES[entry.frames[0]].title}, {name!r} is {FRAMES[frame].title}: "
+                f"{FRAMES[frame].lacks}; leave it out"
             )
         entries.append(entry)
     return entries

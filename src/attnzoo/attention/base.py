@@ -14,6 +14,7 @@ from attnzoo.attention.memory import Cache, Clock, Memory, Retain, Slot, build_c
 from attnzoo.attention.timeline import Axis, Timeline
 from attnzoo.context import Context
 from attnzoo.cost import Cost, Work, tally
+from attnzoo.objective import BlockDiffusion
 
 INIT_STD = 0.02
 
@@ -217,10 +218,12 @@ class Mixer(nn.Module):
             device that the parameters are on.
         gives, needs: what it leaves in `Context.shared` for later layers and reads there from earlier ones,
             each with what both sides must agree on.
+        objective: how it must be trained and sampled, where that is not by the next token.
         after: stages on the output, each called as ``stage(y, call)``.
     """
 
     name: str = ""
+    objective: BlockDiffusion | None = None
     options: dict[str, object]
     dim: int
     num_heads: int

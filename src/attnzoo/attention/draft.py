@@ -21,7 +21,6 @@ from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.objective import BlockDiffusion
 
-
 CHAINS = ("refine", "combine", "after")
 IMPLS = ("auto", "reference", "sdpa", "flex", "triton", "xformers")
 
@@ -43,6 +42,7 @@ class Draft:
         hooks: what variants do once all of them have spoken: stages that need the final shapes, checks.
         gives, needs, objective: see `Mixer`.
         borrows: keys and values are another layer's; refine stages change queries only.
+        within: added variants (name, frames, change) that fit a branch of this mixer, not its own frame.
         lends: the name under which later layers find this layer's keys ("" = they do not).
     """
 
@@ -67,6 +67,7 @@ class Draft:
     gives: dict[str, object] = field(default_factory=dict)
     needs: dict[str, object] = field(default_factory=dict)
     borrows: bool = False
+    within: list[tuple[str, tuple[str, ...], Callable[[Draft], None]]] = field(default_factory=list)
     objective: BlockDiffusion | None = None
     lends: str = ""
 
@@ -142,6 +143,7 @@ class Frame:
     title: str
     slots: tuple[str, ...]
     absent: Mapping[str, str] = {}  # options of other frames -> why they make no sense in this one
+    lacks: str  # why changes of other frames have no place in it
 
     @staticmethod
     def begin(draft: Draft) -> None:
@@ -182,6 +184,7 @@ class ScoreFrame(Frame):
     """`ScoreAttention`: softmax over dot products, RoPE, a causal mask, unless a variant says otherwise."""
 
     title = "ScoreAttention"
+    lacks = "it keeps keys, not a state that a recurrence could change"
     slots = (
         "project", "refine", "position", "score", "mask", "normalise", "read", "combine", "out", "after"
     )  # fmt: skip
@@ -262,6 +265,7 @@ class RecurrentFrame(Frame):
     """`RecurrentAttention` without gates, positions or output stages unless a variant says otherwise."""
 
     title = "RecurrentAttention"
+    lacks = "it reads a state, in which no key has a score or a weight of its own"
     slots = ("project", "refine", "position", "gates", "scan", "combine", "out", "after")
     absent: Mapping[str, str] = {
         "window": "a state is a sum over the past from which no single key can be taken out again",
@@ -327,6 +331,13 @@ class OwnFrame(Frame):
     """`OwnAttention`: another architecture as one stage ``core``; the rest as in the other frames."""
 
     title = "OwnAttention"
+    lacks = "it is another architecture, which does not have the step that would change"
+    absent: Mapping[str, str] = {
+        "num_kv_heads": "this architecture has no query heads that could share keys",
+        "window": "this architecture sets by its own options how far it looks back",
+        "n_sink": "this architecture sets by its own options how far it looks back",
+        "qk_norm": "this architecture has no heads of queries and keys",
+    }
     slots = ("core", "combine", "out", "after")
 
     @staticmethod

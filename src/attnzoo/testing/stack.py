@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from attnzoo import registry
 from attnzoo.attention import timeline
@@ -16,7 +17,7 @@ from attnzoo.model.backbone import ModelCache, check_layers
 
 
 class Stack(nn.Module):
-    """``depth`` layers of one variant, each adding to the stream: ``h + mixer(h)``.
+    """``depth`` layers of one variant, each adding to the stream: ``h + mixer(norm(h))``, norm without gain.
 
     It takes and gives what a `Mixer` does: ``(B, T, D) -> (B, T, D)``, a cache, a cost.
     """
@@ -37,7 +38,9 @@ class Stack(nn.Module):
         line = timeline.read(ctx, *x.shape[:2], x.device, cache.clock if cache else None)
         h = line.compact(x)
         for i, mixer in enumerate(self.mixers):
-            h = h + mixer(h, ctx.at(h, line), cache.layers[i] if cache else None)
+            h = h + mixer(
+                rms_norm(h, h.shape[-1:], eps=1e-6), ctx.at(h, line), cache.layers[i] if cache else None
+            )
         line.advance()
         return line.restore(h)
 
