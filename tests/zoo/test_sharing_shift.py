@@ -221,4 +221,3 @@ def test_accepted(name: str, options: dict[str, Any]) -> None:
     for sizes in ([T - 1, 1], [1] * T, [3, 1, 4, 1]):
         cache = mixer.new_cache(2, T)
         same(torch.cat([mixer(part, cache=cache) for part in x.split(sizes, 1)], 1), y)
-

@@ -102,9 +102,7 @@ class SmallKeys(Late, Stage):
         return self.k_up(rows["k_small"]), rows["v"]
 
     def memory(self) -> dict[str, Slot]:
-        return {
-            name: Slot("rows", (self.heads[i], self.widths[i])) for i, name in ((1, "k_small"), (2, "v"))
-        }
+        return {name: Slot("rows", (self.heads[i], self.widths[i])) for i, name in ((1, "k_small"), (2, "v"))}
 
     def work(self, length: int) -> Iterable[Work]:
         per = 2 * length

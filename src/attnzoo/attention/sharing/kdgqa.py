@@ -187,9 +187,7 @@ _SHARED = {
         **_SHARED,
     ),
 )
-def kdgqa(
-    draft: Draft, *, alloc_kind: Kind = "key", window_size: int = 1, min_per_group: int = 1
-) -> None:
+def kdgqa(draft: Draft, *, alloc_kind: Kind = "key", window_size: int = 1, min_per_group: int = 1) -> None:
     """Sets the projection; ``num_kv_heads`` G needs no ratio to H, default H / 4 and at least 2.
 
     Args:
@@ -211,9 +209,7 @@ def kdgqa(
         **_SHARED,
     ),
 )
-def dgqa(
-    draft: Draft, *, alloc_kind: Kind = "ema", window_size: int = 300, min_per_group: int = 1
-) -> None:
+def dgqa(draft: Draft, *, alloc_kind: Kind = "ema", window_size: int = 300, min_per_group: int = 1) -> None:
     """Sets the projection; see `kdgqa`, which differs in the defaults.
 
     Args:
