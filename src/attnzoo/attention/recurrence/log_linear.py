@@ -49,9 +49,9 @@ class LevelScan(Stage):
                 f"{1 << max(chunk_size, 1).bit_length()}"
             )
         self.shape = (draft.o_heads, draft.head_dim, draft.v_head_dim)
-        self.dim, self.delta, self.chunk_size = draft.dim, delta, chunk_size
-        self.max_len = draft.site.max_len
+        self.dim, self.delta, self.max_len = draft.dim, delta, draft.site.max_len
         self.levels = (self.max_len - 1).bit_length() + 1
+        self.chunk_size = min(chunk_size, 1 << (self.levels - 1))  # no longer than a document can be
         heads = draft.o_heads
         self.weights = draft.linear("levels", draft.dim, heads * self.levels, bias)
         self.Lambda = flag(nn.Parameter(torch.ones(heads, self.levels)), decay=False, reinit=False)
