@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Choices, flag, same
 from attnzoo.attention.draft import Draft
+from attnzoo.attention.hybrid.level import Level, completed
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
 from attnzoo.attention.stages.mask import Blocks, Causal
@@ -32,24 +33,6 @@ from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, attention, computed_pairs
 from attnzoo.registry import Card, register
-
-
-class Level(NamedTuple):
-    """The tokens of one level that this forward completes, the rest of the axis at the right being empty.
-
-    Args:
-        x: ``(B, n, D)``. order: ``(B or 1, n)`` index inside the document, in tokens of the level.
-        doc: ``(B, n)`` document, -1 where empty; None = all one. live: ``(B or 1, n)`` not empty.
-        reads: ``(B or 1, n')`` at the finer level: how many of these tokens are complete at each of its own.
-        seen: ``(B or 1, 1)`` tokens of the level in the cached document before.
-    """
-
-    x: Tensor
-    order: Tensor
-    doc: Tensor | None
-    live: Tensor
-    reads: Tensor | None
-    seen: Tensor
 
 
 class Pyramid(Core):
@@ -119,20 +102,14 @@ class Pyramid(Core):
         both = self._held(f"pool{index}", fine.x, fine, r - 1, call)
         if room == 0 and (call.mem.cache is None or n == 0):
             return None
-        step = torch.arange(n, device=reads.device).expand_as(reads)
-        slot = torch.where(ends, reads - 1, room)  # the last place takes what ends no block
-        at = torch.zeros(len(reads), room + 1, dtype=torch.long, device=reads.device)
-        at = at.scatter(1, slot, step)[:, :room]
-        live = torch.arange(room, device=reads.device)[None] < reads[:, -1:]
-        doc = None if fine.doc is None else fine.doc.gather(1, at).masked_fill(~live, -1)
-        order = ((fine.order.gather(1, at) + 1) // r - 1).masked_fill(~live, 0)
+        at, coarse = completed(fine, ends, reads, room, r)
         # token i of the finer level stands at r - 1 + i, its block begins r - 1 earlier
         place = (at[..., None] + torch.arange(r, device=at.device)).flatten(1)
         place = place[..., None].expand(len(fine.x), -1, self.dim)
         blocks = both.gather(1, place).unflatten(1, (room, r))
         x = blocks.mean(2) if self.down is None else blocks.flatten(2) @ self.down.flatten(0, 1)
-        x = torch.where(live[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-        return Level(x, order, doc, live, reads, fine.seen // r)
+        x = torch.where(coarse.live[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return coarse._replace(x=x)
 
     def _attend(self, level: Level, index: int, call: Call) -> Tensor:
         """``(B, n, D)``."""

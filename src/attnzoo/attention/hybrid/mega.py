@@ -27,47 +27,14 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Choices, Stage, flag, same
 from attnzoo.attention.draft import Draft
+from attnzoo.attention.hybrid.bias import RotaryBias, TableBias
 from attnzoo.attention.hybrid.ema import DampedAverage
 from attnzoo.attention.memory import Retain, Slot
 from attnzoo.attention.own import Core
 from attnzoo.attention.stages.mask import Blocks, Causal
-from attnzoo.attention.stages.position import Rope
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 from attnzoo.registry import Card, register
-
-
-class TableBias(nn.Module):
-    """``table[T_max - 1 + j - i]`` for a query at i and a key at j; given positions that are further apart
-    than any of the table take its ends.
-    """
-
-    appended = 0
-
-    def __init__(self, reach: int) -> None:
-        super().__init__()
-        self.reach = reach
-        self.table = flag(nn.Parameter(0.02 * torch.randn(2 * reach - 1)), reinit=False)
-
-    def forward(self, distance: Tensor) -> Tensor:
-        """``distance`` key minus query."""
-        last = self.reach - 1
-        return self.table[(last + distance.clamp(-last, last)).long()]
-
-
-class RotaryBias(nn.Module):
-    """``a . R(j - i) b`` for a query at i and a key at j: further channels of both."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.appended, self.rope = width, Rope(width, field="z_dim")
-        self.a = flag(nn.Parameter(0.02 * torch.randn(width)), reinit=False)
-        self.b = flag(nn.Parameter(0.02 * torch.randn(width)), reinit=False)
-
-    def forward(self, vector: Tensor, pos: Tensor, call: Call) -> Tensor:
-        """``(B or 1, 1, T, Z)``."""
-        wide = vector.expand(pos.shape[0], 1, pos.shape[1], -1)
-        return self.rope.turn(wide, pos, call)
 
 
 class GatedHead(Core):

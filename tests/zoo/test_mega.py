@@ -1,0 +1,135 @@
+"""mega against its equations token by token, its identities, and rows that are padding throughout."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnzoo.attention.base import Mixer
+from attnzoo.context import Context
+from tiny import D, T, same, tokens
+from zoo.test_hybrid import affine, build, norm, silu
+
+
+def average(ema: Any, x: Tensor) -> Tensor:
+    """The moving average as its recurrence, ``(T, D)``."""
+    p = torch.sigmoid(ema.delta)
+    q, h, outs = 1 - p * torch.sigmoid(ema.alpha), torch.zeros_like(p), []
+    for row in x:
+        h = q * h + p * ema.beta * row[:, None]
+        outs.append((ema.gamma * h).sum(1) / math.sqrt(ema.states) + ema.omega * row)
+    return torch.stack(outs)
+
+
+def turned(vector: Tensor, place: int) -> Tensor:
+    half = len(vector) // 2
+    angle = torch.tensor([place * 10000 ** (-2 * f / len(vector)) for f in range(half)]).double()
+    a, b = vector[:half], vector[half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()])
+
+
+def mega(mixer: Mixer, x: Tensor, stream: Tensor, act: str, chunk: int | None, table: int) -> Tensor:
+    core, n = mixer.core, norm(x, mixer.core.ln_gain, mixer.core.ln_bias)
+    m = silu(average(core.ema, n))
+    v = silu(affine(n, core.value))
+    u, z, r, c = affine(m, core.mixed).split(core.parts, dim=-1)
+    u, z, r = torch.sigmoid(u), silu(z), silu(r)
+    q, k = (z * core.gamma_z[i] + core.beta_z[i] for i in (0, 1))
+    outs = []
+    for i in range(len(x)):
+        start = i // chunk * chunk if chunk else 0
+        seen = range(start, i + 1)
+        scale = 1 / math.sqrt(core.z_dim) if act == "softmax" else 1 / len(seen)
+        s = []
+        for j in seen:
+            if core.bias.appended:
+                bias = turned(core.bias.a, i - start) @ turned(core.bias.b, j - start)
+            else:
+                bias = core.bias.table[table - 1 + j - i]
+            s.append(q[i] @ k[j] * scale + bias)
+        s = torch.stack(s)
+        if act == "softmax":
+            a = s.exp() / s.exp().sum()
+        elif act == "laplace":
+            a = 0.5 * (1 + torch.erf((s - 0.707107) / (0.282095 * math.sqrt(2))))
+        else:
+            a = s.clamp(min=0) ** 2
+        o = sum(w * v[j] for w, j in zip(a, seen, strict=True))
+        h = silu(c[i] + affine(o * r[i], mixer.out.hidden))
+        outs.append(u[i] * (h - stream[i]))
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("bias", ["simple", "rotary"])
+@pytest.mark.parametrize("act", ["softmax", "laplace", "relu2"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_mega_by_its_equations(act: str, bias: str, chunk: int | None) -> None:
+    options = {"attn_act": act, "rel_pos_bias": bias, "attn_chunk": chunk, "ema_dim": 3, "max_seq_len": 20}
+    mixer, x, stream = build("mega", **options), tokens(2, 13, D), tokens(2, 13, D)
+    want = [mega(mixer, a, b, act, chunk, chunk or 20) for a, b in zip(x, stream, strict=True)]
+    torch.testing.assert_close(mixer(x, Context(residual=stream)), torch.stack(want), rtol=1e-8, atol=1e-9)
+
+
+def test_mega_chunk_as_long_as_the_sequence_is_none() -> None:
+    whole, chunked, x = build("mega", max_seq_len=T), build("mega", attn_chunk=T), tokens()
+    chunked.load_state_dict(whole.state_dict())
+    same(whole(x), chunked(x))
+
+
+def test_mega_without_update_is_the_identity() -> None:
+    mixer = build("mega")
+    mixer.core.mixed.bias[:D] = -800.0
+    assert float(mixer(tokens()).abs().max()) == 0.0
+
+
+def test_mega_undamped_is_the_classic_average() -> None:
+    mixer, x = build("mega", ema_dim=1), tokens(1, T, D)
+    ema = mixer.core.ema
+    for name, value in (("alpha", 60.0), ("beta", 1.0), ("gamma", 1.0), ("omega", 0.0)):
+        getattr(ema, name).fill_(value)
+    rate, mean = torch.sigmoid(ema.delta[:, 0]), torch.zeros(D).double()
+    want = []
+    for row in x[0]:
+        mean = (1 - rate) * mean + rate * row
+        want.append(mean)
+
+    class Free:
+        mem = type("M", (), {"state": staticmethod(lambda name: None)})
+        line = type("L", (), {"doc": None})
+
+    same(ema(x, Free)[0], torch.stack(want))
+
+
+def test_mega_given_positions_shift_the_bias() -> None:
+    for bias in ("simple", "rotary"):
+        mixer, x = build("mega", rel_pos_bias=bias), tokens()
+        positions = torch.arange(T)[None]
+        same(mixer(x, Context(positions=positions + 1000)), mixer(x))
+        stretched = mixer(x, Context(positions=3 * positions))
+        assert float((stretched - mixer(x)).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["mano", "mega", "spectformer", "grassmann", "flare", "l2vit"])
+def test_rows_that_are_padding_throughout(name: str) -> None:
+    mixer = build(name, **({"layer_idx": 1, "num_layers": 2} if name == "l2vit" else {})).requires_grad_()
+    ids = torch.ones(3, T, dtype=torch.long)
+    ids[1], ids[2, :4] = 0, 0
+    x = tokens(3, T, D).requires_grad_()
+    y = mixer(x, Context(segment_ids=ids))
+    assert (y[1] == 0).all()
+    same(y[2:, 4:], mixer(x[2:, 4:]))
+    grads = torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()], allow_unused=True)
+    assert all(g is None or bool(g.isfinite().all()) for g in grads)
+    with torch.no_grad():
+        cache, parts = mixer.new_cache(3, T), []
+        for part, own in zip(x.split([4, 1, 3, 1], dim=1), ids.split([4, 1, 3, 1], dim=1), strict=True):
+            parts.append(mixer(part, Context(segment_ids=own), cache))
+        same(torch.cat(parts, dim=1), y)
+        fresh = 2 * torch.ones(3, T, dtype=torch.long)  # other documents after those, the middle row's first
+        later = mixer.new_cache(3, 2 * T)
+        mixer(x, Context(segment_ids=ids), later)
+        same(mixer(x, Context(segment_ids=fresh), later), mixer(x))
