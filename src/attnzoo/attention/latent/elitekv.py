@@ -85,10 +85,9 @@ def choose_pairs(
         found = {"uniform": middle, "high": list(range(r)), "low": list(range(total - r, total))}[source]
         return [found] * heads
     try:
-        table = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"rope_pairs_file: must be readable JSON, got {path!r}: {error}") from None
-    given = torch.tensor(table)
+        given = torch.tensor(json.loads(Path(path).read_text()), device="cpu")
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"rope_pairs_file: must be JSON of equal lists, got {path!r}: {error}") from None
     if given.dim() == 3 and layer < len(given):
         given = given[layer]
     if given.shape != (heads, r) or given.is_floating_point():

@@ -208,7 +208,8 @@ def settle(draft: Draft, widths: tuple[int, int, int], project: Latent) -> None:
     def unshared(done: Draft) -> None:
         if done.num_kv_heads != project.kv_heads:
             raise ValueError(
-                f"num_kv_heads: all heads share one latent, got {done.num_kv_heads} by add; leave one out"
+                f"num_kv_heads: {project.kv_heads} key heads come from the latent, "
+                f"got {done.num_kv_heads} by add; leave one out"
             )
 
     draft.last(unshared)
