@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.attention.base import Call
 from attnzoo.attention.draft import Draft
@@ -125,6 +125,11 @@ def dynamic_rank(
             done.head_dim, done.rotary, done.scale = ranks[-1], d_r, (d + d_r) ** -0.5
         project = OrderedFactors(done, (done.num_heads, G), (d, d_r, d_v), ranks[-1])
         done.put("project", project)
+        if rank_policy in ("energy", "rl") and not isinstance(project.a_proj, nn.Linear):
+            raise ValueError(
+                f"rank_policy: {rank_policy!r} decomposes matrices of its own layer, got "
+                f"{type(project.a_proj).__name__} for them; set rank_policy=nested or fixed"
+            )
         if rank_policy == "rl":
             policy = SegmentRank(project, ranks, segment_len, refresh, safety, done.site.max_len)
             done.put("refine", policy)

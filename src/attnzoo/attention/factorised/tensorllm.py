@@ -182,8 +182,8 @@ def tensorllm(
     def settled(done: Draft) -> None:
         if {(H, d)} != {*done.shapes().values(), (done.o_heads, done.v_head_dim)}:
             raise ValueError(
-                f"add: the tensor has equal blocks of q, k, v and o, got {done.shapes()}; leave "
-                f"{' or '.join(sorted({*done.owner.values()} - {'tensorllm'})) or 'one'} out"
+                f"add: the tensor has equal blocks of q, k, v and o, got (heads, width) {done.shapes()}; "
+                "leave the variant that changes them out"
             )
         # values are summed narrow by any weights; keys only where no stage turns or changes them
         factors.rotates = done.host["pos"] == "rope" or "position" in done.slots
