@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Mixer, Raw, Stage
@@ -87,7 +88,8 @@ class Single(Stage):
 
     A read that does other work than one dot product and one weighted sum per visible pair says so by
     ``counts = True`` and lists it in `Stage.work`. One that reads more than ``keys`` says ``whole = True``:
-    its queries are then not absorbed into latents.
+    its queries are then not absorbed into latents. ``plain = False`` where its reads want more than outputs,
+    which no fused path gives.
     """
 
     counts = False
@@ -134,14 +136,16 @@ class ScoreAttention(Mixer):
         if self.score is not None:
             self.score.begin(call)
         q, keys, finish = self._late(call) if self.project.late else self._early(call)
-        mask = self.mask(q, keys, call)
+        mask, query = self.mask(q, keys, call), call.query
+        if not mask.causal:
+            query, keys = _without_padding(query, keys, call)
 
         def attend(q: Tensor, *sets, also: tuple[str, ...] = ()):
             return attention(
                 q,
                 *sets,
                 mask=mask,
-                query=call.query,
+                query=query,
                 scale=self.scale,
                 score=self.score,
                 normalise=self.normalise,
@@ -218,6 +222,15 @@ class ScoreAttention(Mixer):
         if self.score is not None:
             extra = self.score.pair_flops()
             yield Work("mixing", "score", extra * visible, extra * computed, why)
+
+
+def _without_padding(query: Axis, keys: Keys, call: Call) -> tuple[Axis, Keys]:
+    """Padding sees itself alone: a mask that shows later tokens would show it as the end of a document."""
+    valid = call.line.valid
+    if valid is None or keys.axis.doc is not call.line.doc:  # a cache holds no padding
+        return query, keys
+    doc = torch.where(valid, query.doc, -1)
+    return query._replace(doc=doc), keys._replace(axis=keys.axis._replace(doc=doc))
 
 
 def _as_is(o: Tensor) -> Tensor:

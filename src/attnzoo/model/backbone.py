@@ -17,8 +17,8 @@ from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
 from attnzoo.model.layout import check_layers, legal_of, parse_layout
 from attnzoo.model.prefix import Prefix, per_token
-from attnzoo.ops.fused import linear, rms_norm, split_linear, swiglu
 from attnzoo.objective import BlockDiffusion
+from attnzoo.ops.fused import linear, rms_norm, split_linear, swiglu
 from attnzoo.options import unknown
 from attnzoo.registry import build
 
@@ -125,8 +125,7 @@ class LanguageModel(nn.Module):
         cache: ModelCache | None = None,
         keep: slice | None = None,
     ) -> Tensor:
-        """``(B, T)`` int64 -> logits ``(B, T, vocab)``, zero at padding; of the tokens ``keep`` only, if
-        given.
+        """``(B, T)`` int64 -> logits ``(B, T, vocab)``, zero at padding; those of ``keep`` alone, if given.
 
         Raises:
             ValueError: tokens are not ``(B, T)`` with T >= 1, or a Context field does not fit.
@@ -148,7 +147,7 @@ class LanguageModel(nn.Module):
         line.advance()
         if placed:
             h = line.restore(h).gather(1, placed.slots[..., None].expand(-1, -1, h.shape[2]))
-            return linear(self.head, self.norm(h))
+            return linear(self.head, self.norm(h)[:, keep or slice(None)])
         if keep is not None:
             return linear(self.head, line.restore(self.norm(h))[:, keep])
         return line.restore(linear(self.head, self.norm(h)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from attnzoo.context import Context
 from attnzoo.model.backbone import LanguageModel
+from attnzoo.model.choose import Chooser, Results
+from attnzoo.model.denoise import denoise
 
 
 @torch.inference_mode()
@@ -21,8 +22,9 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop: Sequence[Sequence[int]] | None = None,
+    steps: int | None = None,
 ) -> list[list[int]]:
-    """Continues each prompt.
+    """Continues each prompt: token by token, or block by block where the model was trained that way.
 
     Args:
         prompts: token ids, at least one each; rows are independent, so batched equals one by one.
@@ -30,6 +32,7 @@ def generate(
         temperature: 0 = the likeliest token. top_k, top_p: restrict sampling to the likeliest tokens.
         seed: every row draws from its own generator (seed + row), so rows do not depend on each other.
         stop: token sequences that end a row; they are left out of the result.
+        steps: denoising steps per block of a block-diffusion model; default one per token.
 
     Returns:
         The new tokens of each row.
@@ -38,56 +41,43 @@ def generate(
         ValueError: no prompt, an empty prompt, or a sampling option out of range.
     """
     _check(prompts, max_new_tokens, temperature, top_k, top_p)
-    device, batch = model.embed.weight.device, len(prompts)
-    longest = max(map(len, prompts))
+    blocks = model.objective is not None
+    if steps is not None and not (blocks and steps >= 1):
+        rule = "must be at least 1" if blocks else "this model writes token by token, without denoising steps"
+        raise ValueError(f"steps: {rule}, got {steps}; leave it out")
+    batch = len(prompts)
+    draws = [
+        torch.Generator().manual_seed((seed or 0) + i) if seed is not None else None for i in range(batch)
+    ]
+    results = Results(batch, max_new_tokens, stop or ())
+    choose = Chooser(temperature, top_k, top_p, draws)
+    was_training = model.training
+    model.eval()
+    if blocks:
+        denoise(model, prompts, choose, results, steps)
+    else:
+        _by_tokens(model, prompts, choose, results)
+    model.train(was_training)
+    return results.rows
+
+
+def _by_tokens(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], choose: Chooser, results: Results
+) -> None:
+    device, batch, longest = model.embed.weight.device, len(prompts), max(map(len, prompts))
     tokens = torch.zeros(batch, longest, dtype=torch.long, device=device)
     ids = torch.zeros_like(tokens)
     for i, prompt in enumerate(prompts):
         tokens[i, longest - len(prompt) :] = torch.as_tensor(prompt, device=device)
         ids[i, longest - len(prompt) :] = 1
-    draws = [
-        torch.Generator().manual_seed((seed or 0) + i) if seed is not None else None for i in range(batch)
-    ]
-    cache = model.new_cache(batch, longest + max_new_tokens, device=device)
+    cache = model.new_cache(batch, longest + results.most, device=device)
     context = None if bool((ids == 1).all()) else Context(segment_ids=ids)
-    was_training = model.training
-    model.eval()
-    results: list[list[int]] = [[] for _ in range(batch)]
-    live = set(range(batch))
-    for _ in range(max_new_tokens):
+    while results.live:
         logits = model(tokens, context, cache)[:, -1]
         context = None
-        tokens = _sample(logits, temperature, top_k, top_p, draws)[:, None].to(device)
-        for i in sorted(live):
-            results[i].append(int(tokens[i]))
-            ended = next((s for s in stop or () if s and results[i][-len(s) :] == list(s)), None)
-            if ended is not None:
-                del results[i][-len(ended) :]
-                live.discard(i)
-        if not live:
-            break
-    model.train(was_training)
-    return results
-
-
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    draws: list[torch.Generator | None],
-) -> Tensor:
-    """``(B, vocab)`` -> ``(B,)``."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1).cpu()
-    if top_k is not None and top_k < p.shape[-1]:
-        p = p.masked_fill(p < p.topk(top_k, dim=-1).values[:, -1:], 0.0)
-    if top_p is not None:
-        ranked, order = p.sort(dim=-1, descending=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p * p.sum(-1, keepdim=True)
-        p = torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(outside, 0.0))
-    return torch.cat([torch.multinomial(row, 1, generator=draw) for row, draw in zip(p, draws, strict=True)])
+        tokens = choose(logits)[:, None].to(device)
+        for i in sorted(results.live):
+            results.add(i, int(tokens[i]))
 
 
 def _check(

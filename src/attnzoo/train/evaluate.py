@@ -1,4 +1,4 @@
-"""The loss over a batch, and the fixed validation."""
+"""The fixed validation."""
 
 from __future__ import annotations
 
@@ -10,23 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from attnzoo import Collector, Context
-from attnzoo.data import IGNORED
 from attnzoo.train.batches import Batch, collate
+from attnzoo.train.objective import objective_of
 
 Sample = dict[str, Tensor]
 Autocast = Callable[[], AbstractContextManager]
-
-
-def batch_loss(model: nn.Module, batch: Batch, collector: Collector | None = None) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood summed over the targets of a batch, in nats, and their number."""
-    context = Context(segment_ids=batch["segment_ids"], collector=collector)
-    logits = model(batch["tokens"], ctx=context)  # (B, T, V)
-    targets = batch["targets"]
-    nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return nll, (targets != IGNORED).sum()
 
 
 class Validation:
@@ -46,17 +35,18 @@ class Validation:
             collate(own[i * batch_size : (i + 1) * batch_size] or [blank]) for i in range(rounds)
         ]
         self.bytes = sum(int(batch["target_bytes"].sum()) for batch in self.batches)
-        self.world = world
+        self.rank, self.world = rank, world
 
     @torch.no_grad()
     def run(self, model: nn.Module, device: torch.device, autocast: Autocast) -> dict[str, float]:
-        """``val_loss`` in nats per token and ``val_bpb`` in bits per byte of text."""
-        was_training = model.training
+        """``val_loss`` in nats per token and ``val_bpb`` in bits per byte, of what the objective measures."""
+        was_training, objective = model.training, objective_of(model)
         model.eval()
         nll = count = 0.0
-        for batch in self.batches:
+        for i, batch in enumerate(self.batches):
             with autocast():
-                batch_nll, batch_count = batch_loss(model, to_device(batch, device))
+                seed = self.rank + self.world * i
+                batch_nll, batch_count = objective.validation(model, to_device(batch, device), seed)
             nll, count = nll + batch_nll.double().cpu(), count + batch_count.cpu()
         model.train(was_training)
         totals = torch.stack([nll, count.double(), torch.tensor(float(self.bytes), dtype=torch.float64)])

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from attnzoo import Collector
 from attnzoo.train.batches import Batch, batch_fingerprint
-from attnzoo.train.evaluate import Validation, batch_loss
+from attnzoo.train.evaluate import Validation
 from attnzoo.train.guard import RunFailed, find_culprit
 from attnzoo.train.metrics import Meter, Progress
+from attnzoo.train.objective import objective_of
 from attnzoo.train.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rate
 from attnzoo.train.settings import OptimSettings, TrainerSettings
 
@@ -71,7 +72,7 @@ class LanguageModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.plan, self.validation = model, plan, validation
-        self.settings, self.optim_settings = trainer, optim
+        self.settings, self.optim_settings, self.objective = trainer, optim, objective_of(model)
         self.progress = Progress(**resume["progress"]) if resume else Progress()
         self.metrics: dict[str, float | None] = {}
         self.status = "failed"  # until the run ends in another way
@@ -146,7 +147,7 @@ class LanguageModule(pl.LightningModule):
         # draws depend on the step, not on what was drawn before, so that a resumed run repeats them
         seed_draws(f"{self.plan.seed}/{self.progress.step}/{micro}/{self.global_rank}")
         self._collector = Collector()
-        nll, count = batch_loss(self.model, batch, self._collector)
+        nll, count = self.objective.training(self.model, batch, self._collector)
         return nll, count, self._collector.total(self.settings.aux_weights)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:

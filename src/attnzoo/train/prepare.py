@@ -32,6 +32,7 @@ from attnzoo.train.checkpoint import (
 from attnzoo.train.folder import check_folder
 from attnzoo.train.metrics import Progress
 from attnzoo.train.module import Plan, seed_draws
+from attnzoo.train.objective import objective_of
 from attnzoo.train.optim import check_named_state
 from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
 
@@ -78,7 +79,8 @@ def prepare(config: DictConfig) -> Run:
     model = create_model(**model_options(plain, corpus.tokenizer.vocab_size))
     cost = model.cost(data.seq_len)
     steps = trainer.total_steps(data.batch_size * data.seq_len)
-    plan = Plan(seed, data.batch_size, data.seq_len, steps, 3 * cost.executed_flops)
+    train_flops = objective_of(model).train_flops(model, data.seq_len)[1]
+    plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops)
     if checkpoint:
         check_vocabulary(corpus.tokenizer, checkpoint, field)
         load_weights(model, checkpoint, field)
@@ -102,7 +104,10 @@ def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
     collector = Collector()
     with FakeTensorMode():
         model = create_model(**model_options(config, vocab_size=256))
-        tokens = torch.zeros(1, config["data"]["seq_len"], dtype=torch.long)
+        objective_of(model)
+        data = config["data"]
+        rows = max(1, data["batch_size"] // trainer.accumulate)  # of a micro-batch, on a single rank
+        tokens = torch.zeros(rows, data["seq_len"], dtype=torch.long)
         try:
             model(tokens, Context(collector=collector))
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):

@@ -1,0 +1,77 @@
+"""What a model is trained on: the next token, or what its layers ask for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from attnzoo import Collector, Context, card, list_variants
+from attnzoo.data import IGNORED
+from attnzoo.train.batches import Batch
+from attnzoo.train.diffusion import Diffusion
+
+
+class Objective(Protocol):
+    """A loss, its held-out measure, and what a token of data costs.
+
+    Attributes:
+        name: as the summary has it. measures: what ``val_loss`` and ``val_bpb`` are.
+    """
+
+    name: str
+    measures: str
+
+    def training(
+        self, model: nn.Module, batch: Batch, collector: Collector | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss summed over what it counts, in nats, and their number."""
+
+    def validation(self, model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        """Nats summed over the targets, and their number."""
+
+    def train_flops(self, model: nn.Module, seq_len: int) -> tuple[float, float]:
+        """FLOPs of a forward and backward per token of data: needed, and run by the implementation."""
+
+
+class NextToken:
+    """Cross-entropy of each next token.
+
+    Raises:
+        ValueError: a layer sees later tokens, which would give the targets away.
+    """
+
+    name = "next_token"
+    measures = "negative log-likelihood"
+
+    def __init__(self, model: nn.Module) -> None:
+        known = set(list_variants())
+        for i, mixer in enumerate(getattr(model, "mixers", ())):
+            names = {mixer.name, *mixer.options.get("add", ())} & known
+            for name in sorted(n for n in names if not card(n).traits["causal"]):
+                raise ValueError(
+                    f"model.layout: next-token loss needs layers that see no later token, got {name!r} in "
+                    f"layer {i}; train it by an objective of its own"
+                )
+
+    def training(
+        self, model: nn.Module, batch: Batch, collector: Collector | None = None
+    ) -> tuple[Tensor, Tensor]:
+        context = Context(segment_ids=batch["segment_ids"], collector=collector)
+        logits = model(batch["tokens"], ctx=context)  # (B, T, V)
+        targets = batch["targets"]
+        nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return nll, (targets != IGNORED).sum()
+
+    def validation(self, model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
+        return self.training(model, batch)
+
+    def train_flops(self, model: nn.Module, seq_len: int) -> tuple[float, float]:
+        cost = model.cost(seq_len)
+        return cost.train_flops, 3 * cost.executed_flops
+
+
+def objective_of(model: nn.Module) -> Objective:
+    """The objective that the model's layers ask for."""
+    return NextToken(model) if getattr(model, "objective", None) is None else Diffusion(model)
