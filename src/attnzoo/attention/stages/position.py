@@ -59,9 +59,11 @@ class Rope(NoPosition):
 
     def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
         work = torch.float64 if z.dtype == torch.float64 else torch.float32
-        name = ("rope", self.width, self.theta, work)
-        # kept with its positions, so that no other tensor can have their id
-        _, cos, sin = call.line.once((*name, id(pos)), lambda: (pos, *self._table(pos, work)))
+        # the line's own positions by name, for compiled code would be bound to an id; others are kept with
+        # their table, so that no other tensor can have their id
+        where = "line" if pos is call.line.pos else id(pos)
+        name = ("rope", self.width, self.theta, work, where)
+        _, cos, sin = call.line.once(name, lambda: (pos, *self._table(pos, work)))
         turned = rotate(z, cos, sin)
         # autocast rounds for whoever wants it rounded; meta tensors know no autocast
         keep = not z.is_meta and torch.is_autocast_enabled(z.device.type)
