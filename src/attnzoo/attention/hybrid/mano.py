@@ -1,6 +1,7 @@
 """Multipole attention: the same windowed attention at every level of a pooling pyramid, summed back up.
 
-Linear Attention with Global Context: A Multipole Attention Mechanism for Vision and Physics, 2025.
+Linear Attention with Global Context: A Multipole Attention Mechanism for Vision and Physics,
+arXiv 2507.02748.
 
     x^0 = x,   x^l_c = sum_(j < r) x^(l-1)_(c r + j) down_j                 or the mean
     out^l = W_o MHA(LN2(LN1(x^l))) inside blocks of w tokens of level l, causal, weights shared by the levels
@@ -195,6 +196,7 @@ class Pyramid(Core):
         name="mano",
         title="Multipole attention",
         paper="Linear Attention with Global Context: A Multipole Attention Mechanism for Vision and Physics",
+        arxiv="2507.02748",
         family="hybrid",
         summary="The same windowed attention at every level of a pooling pyramid: near fine, far coarse.",
         cached="per level the current window's k, v, what is not pooled yet, the last result",

@@ -1,6 +1,6 @@
 """L2ViT: layers of windowed softmax attention alternate with ReLU linear attention that is then sharpened.
 
-The Linear Attention Resurrection in Vision Transformer, 2025.
+The Linear Attention Resurrection in Vision Transformer, arXiv 2501.16182.
 
     both:    x' = x + DWConv3(x)
     window:  softmax attention on x' in a window, no shift
@@ -111,6 +111,7 @@ def _choose(site: Site, *, layer_pattern: tuple[str, ...], **_: object) -> str:
         name="l2vit",
         title="L2ViT: enhanced linear attention and windows",
         paper="The Linear Attention Resurrection in Vision Transformer",
+        arxiv="2501.16182",
         family="linear",
         summary="Windowed softmax layers alternate with ReLU linear attention and a local branch.",
         cached="window layers: a ring of k, v; linear layers: S, z; tails of convolutions",
