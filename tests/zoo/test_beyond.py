@@ -158,7 +158,7 @@ def test_cross_batch_refuses_in_the_forward() -> None:
         (None, None, x[:2], "cross_batch"),
         (None, None, x[:3], "pack"),
     ):
-        with pytest.raises(ValueError, match=f"^{field}: "):
+        with pytest.raises(ValueError, match=rf"^{field}: "):
             mixer(bad, ctx, cache)
 
 

@@ -158,9 +158,9 @@ def test_copies_of_packed_documents_and_padding() -> None:
 
 def test_copies_need_ids_and_no_cache() -> None:
     mixer, x = build("efficient_dlm", block_size=4), tokens(1, 8, 16)
-    with pytest.raises(ValueError, match="^segment_ids: "):
+    with pytest.raises(ValueError, match=r"^segment_ids: "):
         mixer(x, Context(shared={COPIES: True}))
-    with pytest.raises(ValueError, match="^segment_ids: .*cache"):
+    with pytest.raises(ValueError, match=r"^segment_ids: .*cache"):
         mixer(x, doubled(4)[1], mixer.new_cache(1, 8))
 
 
@@ -177,7 +177,7 @@ def test_a_cache_takes_whole_blocks(ragged: bool) -> None:
         outs.append(mixer(x[:, here], ctx, cache))
     same(torch.cat(outs, 1), mixer(x, Context(segment_ids=ids)))
     ids = torch.tensor([[1] * 4, [1] * 3 + [0]]) if ragged else None
-    with pytest.raises(ValueError, match="^cache: takes whole blocks of 4"):
+    with pytest.raises(ValueError, match=r"^cache: takes whole blocks of 4"):
         mixer(x[:, : 4 if ragged else 3], Context(segment_ids=ids), mixer.new_cache(2, 12))
 
 
@@ -198,11 +198,11 @@ def test_layouts_have_one_objective() -> None:
         (["gated_deltanet", "efficient_dlm"], ("layer 1 (efficient_dlm)", "layer 0 (gated_deltanet)")),
         (["efficient_dlm", {"name": "efficient_dlm", "block_size": 4}], ("block_size=16", "block_size=4")),
     ):
-        with pytest.raises(ValueError, match="^layout: ") as caught:
+        with pytest.raises(ValueError, match=r"^layout: ") as caught:
             small(layout)
         assert all(name in str(caught.value) for name in names) and "\n" not in str(caught.value)
     for options, field in (({"mask_token_id": 11}, "mask_token_id"), ({"prefix_tokens": 2}, "prefix_tokens")):
-        with pytest.raises(ValueError, match=f"^{field}: "):
+        with pytest.raises(ValueError, match=rf"^{field}: "):
             small(**options)
     assert small(["efficient_dlm", {"name": "mla", "add": "efficient_dlm"}]).objective == BlockDiffusion(16)
 
@@ -390,9 +390,9 @@ def test_rows_sample_alone() -> None:
     stop = together[0][2:4]
     short = generate(model, PROMPTS, 6, seed=5, top_k=6, top_p=0.9, stop=[stop])[0]
     assert short == together[0][: len(short)] and len(short) <= 2
-    with pytest.raises(ValueError, match="^steps: .*got 0"):
+    with pytest.raises(ValueError, match=r"^steps: .*got 0"):
         generate(model, PROMPTS, 6, steps=0)
-    with pytest.raises(ValueError, match="^steps: .*token by token.*got 2"):
+    with pytest.raises(ValueError, match=r"^steps: .*token by token.*got 2"):
         generate(small("mha"), PROMPTS, 6, steps=2)
 
 
@@ -409,9 +409,9 @@ def test_a_run(tmp_path: Path, options: tuple[str, ...]) -> None:
 
 
 def test_training_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^layout: .*efficient_dlm"):
+    with pytest.raises(ValueError, match=r"^layout: .*efficient_dlm"):
         prepare(compose(tmp_path, "attention=efficient_dlm", "model.layout='efficient_dlm,mha'"))
-    with pytest.raises(ValueError, match="^cross_batch: .*got 4"):
+    with pytest.raises(ValueError, match=r"^cross_batch: .*got 4"):
         prepare(compose(tmp_path, "attention=focused_transformer", "attention.cross_batch=4"))
 
 
