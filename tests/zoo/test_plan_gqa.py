@@ -10,7 +10,7 @@ from attnzoo.plan_gqa import Curve, candidates, depth_of, fit, plan, rank
 
 SIZES = [3e6, 1e7, 4e7, 1.5e8, 5e8, 1.2e9]
 TRUE = Curve(2.0e8, 0.27, 1.7)
-CURVES = {(h, g): Curve(2e7 * (1 + 4 / h + 0.5 / g), 0.27, 1.7) for h, g in candidates()}
+CURVES = {(h, g): Curve(2e8 * (1 + 0.3 / h + 0.05 / g), 0.27, 1.7) for h, g in candidates()}
 
 
 def test_candidates_are_the_papers() -> None:
@@ -67,10 +67,10 @@ def test_without_context_the_smallest_model_wins() -> None:
 
 
 def test_long_contexts_want_fewer_heads() -> None:
-    short, long = (plan(2.6, T, CURVES) for T in (1024, 131072))
+    short, long = (plan(2.6, T, CURVES) for T in (128, 1048576))
     assert long[0] < short[0] and long[1] <= short[1] and long[2] > short[2]
-    at_full = rank(2.6, 131072, {(32, 8): CURVES[32, 8]})[0]
-    best = rank(2.6, 131072, CURVES)[0]
+    at_full = rank(2.6, 1048576, {(32, 8): CURVES[32, 8]})[0]
+    best = rank(2.6, 1048576, CURVES)[0]
     assert best.memory < at_full.memory and best.flops < at_full.flops
 
 
