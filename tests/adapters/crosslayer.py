@@ -17,5 +17,5 @@ def _mixattention(ours: Options) -> None:
 
 OPTIONS = {"mixattention": _mixattention}
 WEIGHTS = {BorrowedKV: {"q_proj.weight": linear("W_q"), "q_proj.bias": plain("b_q")}}
-# their layers depend on each other: tests/zoo/test_crosslayer.py reads them
+# their layers depend on each other: tests/zoo/test_crosslayer.py and test_shared_weights.py read them
 LAYERED = {"cla": True, "mixattention": True, "headshare": True}

@@ -104,6 +104,11 @@ def share_keys(draft: Draft, source: int) -> None:
             layer without keys of its own.
     """
     name, lends = f"kv.{source}", source == draft.site.layer
+    if draft.lends or draft.borrows:
+        raise ValueError(
+            f"add: {draft.current} says whose keys a layer reads, another variant of the composition already "
+            "does; leave one of them out"
+        )
     if lends:
         draft.lends = name
     else:
@@ -128,7 +133,7 @@ def share_keys(draft: Draft, source: int) -> None:
                     "keys that are already mapped and turned; leave one of them out"
                 )
         maps = (None, None)
-        if isinstance(project, QKV):  # the plain projection, with its tables
+        if isinstance(project, QKV) and project.plain_queries:
             maps = project.maps()
             del done.slots["project"], done.owner["project"]
         bias = done.host["qkv_bias"]

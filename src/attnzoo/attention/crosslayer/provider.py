@@ -100,7 +100,8 @@ def provide(draft: Draft, bank: Bank) -> None:
             if slot in done.slots and set(matrices) & set(bank.shared) and not set(matrices) & bank.asked:
                 raise ValueError(
                     f"add: {done.current} shares the matrices {'/'.join(matrices)} of plain projections, "
-                    f"{done.owner[slot]} has its own {slot} stage; leave one of them out"
+                    f"{done.owner[slot]} has its own {slot} stage; leave one of them out "
+                    "or share other matrices"
                 )
 
     draft.last(lambda done: done.last(settled))

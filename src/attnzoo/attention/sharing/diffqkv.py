@@ -56,6 +56,8 @@ class Augment(nn.Module):
 class AugmentedQ(QKV):
     """`QKV` whose queries go through an `Augment`."""
 
+    plain_queries = False
+
     def __init__(self, draft: Draft, hidden: int) -> None:
         H, G, v_heads = draft.num_heads, draft.num_kv_heads, draft.num_v_heads
         sizes = (H, G, draft.head_dim, draft.v_head_dim)

@@ -44,6 +44,8 @@ class AllocatedKV(MappedQKV):
             heads that each group keeps.
     """
 
+    plain_queries = False
+
     def __init__(self, draft: Draft, kind: str, every: int, least: int) -> None:
         H, G = draft.num_heads, draft.num_kv_heads
         sizes = (H, G, draft.head_dim, draft.v_head_dim)

@@ -108,11 +108,8 @@ def kv_shift(
                 "add: the previous token's key and value do not exist before the cache of a latent "
                 "projection, got kv_shift over one; leave kv_shift or the projection out"
             )
-        if done.borrows:
-            raise ValueError(
-                "add: keys and values are another layer's here, got kv_shift; add it to the layer that makes "
-                "them"
-            )
+        if done.borrows:  # what is borrowed was shifted by the layer that made it
+            return
         shapes = {side: done.shapes()[side] for side in sides}
         if done.project_width:
             shapes = {s: (h, done.project_width if s == "k" else d) for s, (h, d) in shapes.items()}

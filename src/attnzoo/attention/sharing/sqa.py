@@ -34,6 +34,8 @@ SETTINGS = {"sqa": (2, 4), "ssqa": (2, 2), "xsqa": (4, 4), "xsmqa": (4, 0), "rsq
 class TiledQueries(QKV):
     """`QKV` of few query heads, repeated in order until there is one for each key head."""
 
+    plain_queries = False
+
     def __init__(self, tiles: int, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.tiles = tiles

@@ -22,7 +22,13 @@ class QKV(Early, Stage):
         num_heads, num_kv_heads: query heads H and key/value heads G; head h reads group ``h // (H / G)``.
         head_dim, v_head_dim: widths of q and k heads, and of v heads.
         stores: whether k and v rows are cached (a recurrent mixer keeps a state instead).
+
+    Attributes:
+        plain_queries: queries are x W_q and their tables are fixed, so that a layer with another layer's keys
+            needs no more than that.
     """
+
+    plain_queries = True
 
     def __init__(
         self,
