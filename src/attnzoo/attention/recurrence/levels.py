@@ -157,8 +157,6 @@ def _pass(
     for n in range(N):
         i = grid.index[:, n]
         merged = bits(i & -i)
-        if n == 0:  # a chunk that goes on has merged already
-            merged = merged * (grid.first == 0)
         below, at = (z[..., None, None, None] for z in (level < merged[:, None], level == merged[:, None]))
         levels = levels * _per_row(i > 0, 4)
         joined = previous + (levels * below).sum(1)

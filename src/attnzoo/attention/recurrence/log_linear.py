@@ -187,7 +187,6 @@ def log_linear(
         other = next(other for other, names in BASES.items() if name in names)
         raise ValueError(f"{name}: is an option of base={other}, got {given[name]} with base={base}")
     {"mamba2": mamba2, "gated_deltanet": gated_deltanet}[base](draft, **given)
-    draft.scale = 1.0
     delta, host = base == "gated_deltanet", draft.host
 
     def complete(done: Draft) -> None:
