@@ -16,9 +16,11 @@ from attnzoo.attention.beyond.focused_transformer import CrossBatch
 from attnzoo.attention.beyond.recurrent_memory_chunked import MemoryReads
 from attnzoo.attention.stages.mask import Causal
 from attnzoo.context import Collector, Context
+from attnzoo.data.sampler import Sampler
 from attnzoo.ops.attention import Keys, attention
 from attnzoo.testing import PROPERTIES, Subject
 from oracles import rotate
+from runs import train
 from test_refusals import named
 from tiny import H, build, d, projections, same, tokens, with_weights_of
 
@@ -168,6 +170,35 @@ def test_cross_batch_cost_counts_the_other_rows() -> None:
     assert not one.exact and one.params == plain.params
     assert three.forward_flops - one.forward_flops == 2 * 4 * H * d * 8
     assert one.forward_flops - plain.forward_flops == 4 * H * d * 8
+
+
+def test_packs_of_samples_read_on() -> None:
+    sampler = Sampler("fingerprint", 5, 1003, 10, pack=3)
+    assert sampler.samples_per_epoch == 99
+    for epoch in range(2):
+        starts = [sampler.start(epoch * 99 + i) for i in range(99)]
+        assert all((starts[i + 1] - starts[i]) % 1003 == 10 for i in range(98) if i % 3 < 2)
+        assert sum((starts[i + 1] - starts[i]) % 1003 == 10 for i in range(2, 98, 3)) < 10
+        assert len({(start + i) % 1003 for start in starts for i in range(10)}) == 990
+    plain = Sampler("fingerprint", 5, 1003, 10)
+    assert [Sampler("fingerprint", 5, 1003, 10, pack=1).start(n) for n in range(200)] == [
+        plain.start(n) for n in range(200)
+    ]
+
+
+def test_a_run_on_packs(tmp_path: Path) -> None:
+    options = ("attention=focused_transformer", "attention.cross_batch=1", "data.pack=2")
+    run, summary = train(tmp_path, *options)
+    assert summary["status"] == "completed"
+    rows = [run.corpus.sample(n)["tokens"] for n in range(4)]
+    assert torch.equal(rows[0][-1:], rows[1][:1]) and torch.equal(rows[2][-1:], rows[3][:1])
+    for more, field in (
+        (("data.pack=3",), "data.pack"),
+        (("trainer.accumulate=4",), "cross_batch"),
+        (("data.isolate=true", "trainer.max_steps=1"), "segment_ids"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=rf"{field}: "):
+            train(tmp_path, *options, *more, name=f"refused-{field}")
 
 
 def bottleneck(**options) -> torch.nn.Module:

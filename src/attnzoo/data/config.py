@@ -16,7 +16,7 @@ READ_BY = {
     "split": ("hf",),
     "streaming": ("hf",),
 }
-_AT_LEAST_ONE = ("seq_len", "batch_size", "val_samples", "max_documents", "max_bytes")
+_AT_LEAST_ONE = ("seq_len", "batch_size", "pack", "val_samples", "max_documents", "max_bytes")
 _MAY_BE_NULL = ("val_samples", "max_documents", "max_bytes")
 
 
@@ -36,6 +36,7 @@ class DataConfig:
     seq_len: int = 256
     batch_size: int = 8
     isolate: bool = False
+    pack: int = 1
     val_fraction: float = 0.05
     val_samples: int | None = 256
     cache_dir: str | None = None
@@ -53,6 +54,10 @@ class DataConfig:
         for key in _AT_LEAST_ONE:
             _whole_number(f"data.{key}", getattr(self, key), 1, null=key in _MAY_BE_NULL)
         _whole_number("data.num_workers", self.num_workers, 0)
+        if self.batch_size % self.pack:
+            raise ValueError(
+                f"data.pack: must divide data.batch_size={self.batch_size}, got {self.pack}; change one"
+            )
         for key in ("isolate", "streaming"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"data.{key}: must be true or false, got {getattr(self, key)!r}")

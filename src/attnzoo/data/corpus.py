@@ -21,7 +21,7 @@ IGNORED = -100  # the target that torch's cross_entropy leaves out by default
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenised text, packed: sample n is a function of `fingerprint`, `seed`, `seq_len`, `isolate` and n.
+    """Tokenised text, packed: sample n is a function of n and of all but the validation below.
 
     A sample is cut from one stream of documents, each closed by the tokenizer's `eos_id`, and holds
 
@@ -39,6 +39,7 @@ class Corpus:
     val_samples: int | None
     train: TokenStream
     val: TokenStream
+    pack: int = 1
 
     def __post_init__(self):
         for split, stream in (("training", self.train), ("validation", self.val)):
@@ -47,11 +48,16 @@ class Corpus:
                     f"data.seq_len: must be under the {len(stream.tokens)} tokens of {split} text, "
                     f"got {self.seq_len}; lower it, give more text or change data.val_fraction"
                 )
+        if len(self.train.tokens) < self.pack * self.seq_len:
+            raise ValueError(
+                f"data.pack: packs of {self.seq_len} tokens per sample must fit the {len(self.train.tokens)} "
+                f"tokens of training text, got {self.pack}; lower it or give more text"
+            )
 
     @property
     def sampler(self) -> Sampler:
         """Where the training samples are cut."""
-        return Sampler(self.fingerprint, self.seed, len(self.train.tokens), self.seq_len)
+        return Sampler(self.fingerprint, self.seed, len(self.train.tokens), self.seq_len, self.pack)
 
     def sample(self, n: int) -> Sample:
         """Training sample `n`, which counts from 0 over all epochs."""
@@ -144,6 +150,7 @@ def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int 
         seq_len=cfg.seq_len,
         isolate=cfg.isolate,
         val_samples=cfg.val_samples,
+        pack=cfg.pack,
         train=cache.train,
         val=cache.val,
     )

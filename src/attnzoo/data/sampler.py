@@ -23,23 +23,26 @@ class Sampler:
         seed: of the run.
         num_tokens: length of the stream, more than `seq_len`.
         seq_len: distance of the windows; a sample reads one token more, the last target.
+        pack: consecutive samples that read on from one another; packs, not samples, are in random order.
     """
 
     fingerprint: str
     seed: int
     num_tokens: int
     seq_len: int
+    pack: int = 1
 
     @property
     def samples_per_epoch(self) -> int:
-        return self.num_tokens // self.seq_len
+        return self.num_tokens // (self.seq_len * self.pack) * self.pack
 
     def start(self, n: int) -> int:
         """Position in [0, num_tokens) where sample `n` starts; `n` counts from 0 over all epochs."""
         assert n >= 0, n
         epoch, i = divmod(n, self.samples_per_epoch)
         key = f"{self.fingerprint} {self.seed} {epoch}".encode()
-        window = permute(i, self.samples_per_epoch, key)
+        pack, part = divmod(i, self.pack)
+        window = permute(pack, self.samples_per_epoch // self.pack, key) * self.pack + part
         return (_hash(key, b"offset") + window * self.seq_len) % self.num_tokens
 
 

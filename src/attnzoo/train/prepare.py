@@ -166,4 +166,4 @@ def identity(run: Run) -> dict[str, Any]:
         "seed": run.plan.seed,
         "data.batch_size": run.plan.batch_size,
         "data.seq_len": run.plan.seq_len,
-    }
+    } | ({"data.pack": run.corpus.pack} if run.corpus.pack > 1 else {})

@@ -42,6 +42,11 @@ def execute(run: Run) -> dict[str, Any]:
     batches = CounterBatches(
         first, run.plan.total_steps, run.plan.batch_size, run.trainer.accumulate, **ranks
     )
+    if batches.size % run.corpus.pack:
+        raise ValueError(
+            f"data.pack: must divide the {batches.size} samples of a micro-batch, got {run.corpus.pack}; "
+            "lower trainer.accumulate or raise data.batch_size"
+        )
     validation = Validation(run.corpus.validation(), batches.size, **ranks)
     module = LanguageModule(run.model, run.trainer, run.optim, run.plan, validation, run.resume)
     trainer.loggers = _instances(run.config["logger"])
