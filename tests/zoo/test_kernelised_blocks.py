@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
+import attnzoo.testing
 from attnzoo import Context
 from attnzoo.attention.base import Mixer
 from zoo.kernelised import T, heads_of, make, out_of, prefix_rows, same, tokens, turned
@@ -164,3 +165,21 @@ def test_refused(name: str, options: dict[str, Any], field: str, value: object) 
     with pytest.raises(ValueError) as caught:
         attnzoo.create(name, 32, 4, **options)
     assert re.match(rf"{field}: .{{15,}}", str(caught.value)) and str(value) in str(caught.value)
+
+
+CONTRACT = [
+    ("linformer", {"mode": "blocks", "block_size": 4, "k": 1024, "num_kv_heads": 2}),
+    ("mhla_linear", {"block_size": 5, "num_blocks": 30, "num_kv_heads": 2, "feature_map": "hedgehog"}),
+    ("rala", {"mode": "prefix_exact", "num_kv_heads": 2, "pos": "none"}),
+    ("rala", {"num_kv_heads": 2, "chunk_size": 5, "qk_norm": True}),
+    ("mala", {"num_kv_heads": 2, "output_gate": "headwise", "out_gate": False}),
+    ("flatten", {"num_kv_heads": 1, "chunk_size": 5, "norm_scope": "head"}),
+    ("pavlovian", {"rule": "trace", "num_kv_heads": 2, "pos": "rope"}),
+    ("based", {"feature_dim": 4, "chunk_size": 1, "num_kv_heads": 2, "pos": "rope"}),
+    ("fast_factorizable", {"mode": "quadratic", "window": 5, "n_sink": 1, "num_kv_heads": 2}),
+]
+
+
+@pytest.mark.parametrize("name, options", CONTRACT, ids=str)
+def test_other_forms_keep_the_contract(name: str, options: dict[str, Any]) -> None:
+    assert len(attnzoo.testing.check(name, **options)) == len(attnzoo.testing.PROPERTIES)

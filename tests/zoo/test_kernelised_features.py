@@ -115,6 +115,7 @@ def test_fast_factorizable_keeps_keys_narrow_at_any_dim() -> None:
 REFUSED = [
     ("based", {"feature_dim": 33}, "feature_dim", 33),
     ("based", {"feature_dim": 0}, "feature_dim", 0),
+    ("based", {"feature_dim": 5, "pos": "rope"}, "feature_dim", 5),
     ("based", {"impl": "triton"}, "impl", "triton"),
     ("based", {"chunk_size": 0}, "chunk_size", 0),
     ("gated_deltanet", {"add": "based"}, "add", "gated_deltanet"),

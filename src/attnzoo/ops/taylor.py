@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo_kernels.rows import by_rows, chunk_rows
+from attnzoo_kernels.scan.blocks import first_order
 from attnzoo_kernels.scan.decay import Grid, Runs
 from attnzoo_kernels.scan.states import Accumulate
 
@@ -42,16 +43,51 @@ def feature_count(width: int, order: int, packed: bool = True) -> int:
 
 
 def features(z: Tensor, order: int, packed: bool = True) -> Tensor:
-    """phi: ``(..., d)`` -> ``(..., feature_count)``; all d^2 products of entries unless ``packed``."""
-    one = F.pad(z, (1, 0), value=1.0)
+    """phi, tokens last: ``(..., d, C)`` -> ``(..., F, C)``; all d^2 products of entries unless ``packed``."""
+    one = F.pad(z, (0, 0, 1, 0), value=1.0)
     if order == 1:
         return one
-    if not packed:
-        return torch.cat([one, (z[..., :, None] * z[..., None, :]).flatten(-2)], dim=-1)
-    n = one.shape[-1]
-    # entry i times entry i + r round the circle meets each pair once, for r up to n / 2: no index tables
-    circle = torch.cat([one, one[..., : n // 2]], dim=-1).unfold(-1, n, 1)
-    return (one.unsqueeze(-2) * circle).flatten(-2)[..., : n * (n + 1) // 2]
+    if packed:
+        return Pairs.apply(one)
+    return torch.cat([one, (z[..., :, None, :] * z[..., None, :, :]).flatten(-3, -2)], dim=-2)
+
+
+class Pairs(torch.autograd.Function):
+    """Products of two of ``n`` rows, each pair once: ``(..., n, C)`` -> ``(..., n (n + 1) / 2, C)``.
+
+    Row i times row i + r round the circle meets each pair once for r up to n / 2: runs of rows in place of
+    index tables, which are slow to gather and slower to scatter.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        n = rows.shape[-2]
+        circle = torch.cat([rows, rows[..., : n // 2, :]], dim=-2)
+        out = rows.new_empty(*rows.shape[:-2], n * (n + 1) // 2, rows.shape[-1])
+        for r, width in _runs(n):
+            to = out[..., r * n : r * n + width, :]
+            torch.mul(circle[..., :width, :], circle[..., r : r + width, :], out=to)
+        ctx.save_for_backward(circle)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dout: Tensor) -> Tensor:
+        (circle,) = ctx.saved_tensors
+        n = (2 * circle.shape[-2] + 2) // 3
+        grad = torch.zeros_like(circle)
+        for r, width in _runs(n):
+            part = dout[..., r * n : r * n + width, :]
+            grad[..., :width, :].addcmul_(part, circle[..., r : r + width, :])
+            grad[..., r : r + width, :].addcmul_(part, circle[..., :width, :])
+        grad[..., : n // 2, :] += grad[..., n:, :]
+        return grad[..., :n, :]
+
+
+def _runs(n: int) -> list[tuple[int, int]]:
+    """(step round the circle, rows that take it): n rows, half of them for the longest step of an even n."""
+    total = n * (n + 1) // 2
+    return [(r, min(n, total - r * n)) for r in range(n // 2 + 1)]
 
 
 def feature_weights(width: int, order: int, packed: bool, like: Tensor) -> Tensor:
@@ -124,7 +160,7 @@ def _quadratic(q: Tensor, k: Tensor, v: Tensor, order: int, segments: Tensor | N
 
     def run(rows: slice) -> tuple[Tensor]:
         keys = slice(0, rows.stop)
-        weights = polynomial(q[:, :, rows] @ k[:, :, keys].mT, order).tril(rows.start)
+        weights = polynomial(q[:, :, rows] @ k[:, :, keys].mT, order).tril_(rows.start)
         if segments is not None:
             weights = weights * (segments[:, rows, None] == segments[:, None, keys])[:, None]
         return (weights @ v[:, :, keys],)
@@ -146,16 +182,17 @@ def _chunked(
     (B, _, H, K), dtype = q.shape, q.dtype
     runs = None if segments is None else Runs.of(segments, grid)
     q, k, v = (grid.split(z, dtype) for z in (q, k, v))  # N,B,H,C,·
-    weights = polynomial(q @ k.mT, order).tril()
+    weights = polynomial(q @ k.mT, order).tril_()
     if runs is not None:
         weights = weights * runs.pair
-    writes = features(k, order, packed).mT @ (v if runs is None else v * runs.write)
+    q, k = (z.mT.contiguous() for z in (q, k))
+    writes = features(k, order, packed) @ (v if runs is None else v * runs.write)
     writes = writes * feature_weights(K, order, packed, writes)
     if initial is None:
         initial = torch.zeros_like(writes[0])
     carry = q.new_ones(1, 1, 1, 1, 1) if runs is None else runs.carry.to(dtype)
     carry = carry.expand(grid.count, B, H, 1, 1).flatten(1, 2)
     states, final = Accumulate.apply(initial.to(dtype).flatten(0, 1), writes.flatten(1, 2), carry, None)
-    read = features(q, order, packed) @ states.view_as(writes)
+    read = features(q, order, packed).mT @ states.view_as(writes)
     o = weights @ v + (read if runs is None else read * runs.read)
     return grid.join(o, dtype), final.view(B, H, *final.shape[1:])

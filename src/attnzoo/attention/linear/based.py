@@ -116,6 +116,8 @@ def based(draft: Draft, *, feature_dim: int = 16) -> None:
         raise ValueError(
             f"feature_dim: must be in 1..32, since features grow with its square, got {feature_dim}"
         )
+    if feature_dim % 2 and draft.host["pos"] == "rope":
+        raise ValueError(f"feature_dim: RoPE turns pairs of channels, got an odd width {feature_dim}")
     draft.head_dim = feature_dim
 
     def complete(done: Draft) -> None:
