@@ -40,7 +40,7 @@ class DampedAverage(nn.Module):
             self.register_parameter(name, flag(nn.Parameter(value), decay=False, reinit=False))
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        """x ``(B, T, D)``, zero at padding -> the same shape."""
+        """x ``(B, T, D)`` -> the same shape."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
             z, T, held = x.to(wide), x.shape[1], call.mem.state("h")
@@ -84,7 +84,7 @@ class DampedAverage(nn.Module):
         mine = (back >= 0) & (line.doc.gather(1, place) == last)
         run = z.gather(1, place[..., None].expand_as(z)) * mine[..., None]
         new = torch.einsum("bmd,dnm->bdn", run, powers) * write
-        stays = ((last == 0) | (count == 0))[..., None]
+        stays = (last == 0)[..., None]  # so is that of a row without tokens
         new = new + torch.where(stays, keep ** count[..., None] * h, 0.0)
         call.mem.put("h", new)
         return more * on[..., None]

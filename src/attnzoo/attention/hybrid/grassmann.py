@@ -47,7 +47,7 @@ class Planes(Core):
         self.blend = draft.linear("blend", 2 * draft.dim, draft.dim, bias=True)
 
     def forward(self, call: Call) -> Tensor:
-        z = call.line.blank(self.reduce(call.x))
+        z = self.reduce(call.x)
         back, order = max(self.lags), call.line.order
         both = call.mem.tail("z", z, back)
         if torch.is_grad_enabled() and z.shape[1] >= LEAST_RECOMPUTED:

@@ -8,7 +8,7 @@ arXiv 2507.02748.
     res = out^(L-1);   for n = 0, 1 ..:  l = L - 2 - n,
     res_i = out^l_i + up_((i+1) mod r) res_(floor((i+1) / r) - 1) / (n + 1),   y = res at level 0
 
-Cached, at each level: the keys and values of the current block (at most w - 1 earlier tokens), the r - 1
+Cached: at each level the keys and values of the current block (at most w - 1 earlier tokens), the r - 1
 tokens of the level that are not pooled yet, the last res. Our choice (the published form is 2-D and reads
 both sides): a token reads a coarse one once that is complete, which shifts the up-sampling; complete coarse
 tokens, blocks and shifts are counted inside the document. No positions.

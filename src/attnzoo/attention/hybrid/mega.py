@@ -73,7 +73,6 @@ class GatedHead(Core):
         """``(B, T, 1, E)``: what attention reads, under the reset gate."""
         self._check(call)
         normed = F.layer_norm(call.x, call.x.shape[-1:], self.ln_gain, self.ln_bias, self.eps)
-        normed = call.line.blank(normed)
         v = F.silu(self.value(normed))
         u, z, r, call.notes["candidate"] = self.mixed(F.silu(self.ema(normed, call))).split(self.parts, -1)
         call.notes["update"] = torch.sigmoid(u)
@@ -232,7 +231,7 @@ def mega(
         rel_pos_bias: a table, which ends at max_seq_len (or attn_chunk), or two rotated vectors.
         attn_chunk: attention inside fixed chunks of the document only; default all of the past.
 
-    Shape: (B, T, D) -> (B, T, D). num_heads only slices what a composition gates.
+    Shape: (B, T, D) -> (B, T, D). There is one head whatever num_heads says.
     Reduces to: the stream itself where u = 0; attn_chunk >= T to none; a plain moving average (no damping).
     """
     Z = max(2, draft.dim // 8 * 2) if z_dim is None else z_dim

@@ -74,7 +74,7 @@ class KeysValues(Stage):
             h = h + F.gelu(layer(h), approximate="tanh")
         h = h + last(h) if self.depth >= 0 else last(h)
         if self.taps:
-            h = causal_conv(call.line.blank(h), getattr(self, f"conv_{side}"), call, f"conv_{side}")
+            h = causal_conv(h, getattr(self, f"conv_{side}"), call, f"conv_{side}")
         return h.unflatten(-1, (self.groups, -1)).transpose(1, 2)
 
     def memory(self) -> dict[str, Slot]:

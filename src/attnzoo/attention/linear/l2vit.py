@@ -88,10 +88,8 @@ class Concentration(Stage):
 
     def forward(self, y: Tensor, call: Call) -> Tensor:
         z = F.layer_norm(call.residual + y, y.shape[-1:], self.ln_gain, self.ln_bias, self.eps)
-        # padding has a bias by now, which the token before it may not see
-        z = F.gelu(causal_conv(call.line.blank(z), self.first, call, "first"))
-        z = call.line.blank(rms_norm(z, self.mid_gain, self.eps))
-        return y + causal_conv(z, self.second, call, "second")
+        z = F.gelu(causal_conv(z, self.first, call, "first"))
+        return y + causal_conv(rms_norm(z, self.mid_gain, self.eps), self.second, call, "second")
 
     def memory(self) -> dict[str, Slot]:
         dim, taps = self.first.shape
