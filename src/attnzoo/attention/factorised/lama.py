@@ -108,6 +108,7 @@ def _affinity(dim: int, heads: int, bias: bool) -> nn.Linear:
         family="factorised",
         summary="Scores of rank one: a number of the context's mean times a number of each token, per head.",
         cached="one number and a value per head and token: H (1 + d_v)",
+        adapted="the paper's context is the mean of all tokens; here the mean of the tokens so far",
         claims=("matches strong pooling baselines on three text classification sets with fewer parameters",),
     ),
     host={"pos": "none"},

@@ -200,6 +200,7 @@ class Pyramid(Core):
         family="hybrid",
         summary="The same windowed attention at every level of a pooling pyramid: near fine, far coarse.",
         cached="per level the current window's k, v, what is not pooled yet, the last result",
+        adapted="the paper's pyramid looks both ways; here a coarse token is read once it is complete",
         claims=("rivals ViT, Swin and neural operators at lower time and memory; no language results",),
         small={"levels": 3, "window": 4},
     ),

@@ -113,6 +113,7 @@ def _choose(site: Site, *, alpha: int | None, **_: object) -> str:
         family="hybrid",
         summary="Leading layers are causal convolutions by learned spectra, the others attention.",
         cached="the last L_f - 1 inputs of a spectral layer; k, v of the others",
+        adapted="the paper's filter is circular over the sequence; here a causal convolution with its kernel",
         claims=("ImageNet-1k: 84.25 % (S), 85.7 % (L); 2 % above GFNet-H and LiT",),
         small={"filter_len": 6, "alpha": 1},
         layers=2,

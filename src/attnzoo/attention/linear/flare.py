@@ -144,6 +144,7 @@ class Latents(Stage):
         family="linear",
         summary="Learned latents gather from the prefix, and every token reads them by the same scores.",
         cached="Z (H M d_v), its log-sum-exps (H M) and convolution tails: constant in the length",
+        adapted="the paper's latents gather from all tokens; here from the tokens so far",
         claims=("a million mesh points more than 200 x faster than full attention; no language results",),
         small={"num_latents": 6, "kv_mlp_depth": 1, "chunk_size": 4},
     ),

@@ -83,6 +83,7 @@ class KeyTable(Stage):
         family="linear",
         summary="Linear attention on features sharpened by a norm-preserving power, and a convolution on v.",
         cached="the state S (H d d_v), its normaliser z (H d) and the convolution's tail: constant",
+        adapted="the paper sums over all tokens and convolves both ways; here prefix sums and past taps",
         claims=("ImageNet top-1 of PVT-T 77.8 against 75.1, of Swin-T 82.1 against 81.3",),
         small={"chunk_size": 4, "kernel_size": 3, "learned_pos": True},
     ),

@@ -113,6 +113,7 @@ def _choose(site: Site, *, layer_pattern: tuple[str, ...], **_: object) -> str:
         family="linear",
         summary="Windowed softmax layers alternate with ReLU linear attention and a local branch.",
         cached="window layers: a ring of k, v; linear layers: S, z; tails of convolutions",
+        adapted="the paper sums and convolves both ways and norms over the batch; here over the past",
         claims=("ImageNet-1k 84.4 %, 87.0 % with ImageNet-22k at 384^2",),
         small={"layer_idx": 1, "window": 5, "chunk_size": 4, "lcm_kernel": 3, "denom_min": 0.4},
         layers=2,

@@ -81,6 +81,7 @@ class Magnitude(Stage):
         family="linear",
         summary="Linear attention that scales up and subtracts the mean: large queries sharpen weights.",
         cached="the state S (H d d_v), sums of key features and values, and the convolution's tail: constant",
+        adapted="the paper's means run over all tokens; here over the tokens so far",
         claims=("above earlier linear attention in image classification, detection and segmentation",),
         small={"chunk_size": 4, "lepe_kernel": 3, "mala_norm": "sum"},
     ),

@@ -171,6 +171,7 @@ class PrefixExact(Stage):
         family="linear",
         summary="Keys weighed by their relevance to the mean query, and a gated output: more rank.",
         cached="S (H d d_v), its normaliser, the sum of queries, a maximum, the convolution's tail: constant",
+        adapted="the paper weighs keys by the mean query of all tokens; here by that of the tokens so far",
         claims=("RAVLT has 84.4 % top-1 on ImageNet-1k with 26M parameters and 4.6 GFLOPs",),
         small={"chunk_size": 4, "lepe_kernel": 3, "pos": "none"},
     ),
