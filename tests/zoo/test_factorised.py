@@ -166,3 +166,9 @@ def test_tensorllm_starts_at_the_scale_of_mha() -> None:
     for c, std in enumerate((0.02, 0.02, 0.02, 0.02 / math.sqrt(16))):
         matrices = mixer.project.U1 @ (core @ mixer.project.U3[c]) @ mixer.project.U2.T
         assert float(matrices.detach().std()) == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["mhe", "tensorllm"])
+@pytest.mark.parametrize("prop", ["decode", "document_decode", "causal", "gradients", "flops"])
+def test_heads_are_routed_by_their_whole_queries(prop: str, name: str) -> None:
+    PROPERTIES[prop](Subject.of(name, add=("moh",), router="qnorm"))

@@ -21,8 +21,9 @@ LEARNED = {"rank_policy": "rl", "segment_len": L, "ranks": (1, 2, 3, 4), "safety
 def learned(**options: Any) -> Mixer:
     mixer = build("dynamic_rank", **(LEARNED | options))
     policy = mixer.refine[0]
-    for param in (policy.conv_bias, policy.previous.weight, policy.head[2].bias):
+    for param in (policy.conv_bias, policy.head[2].bias):
         param.normal_()
+    policy.previous.weight.normal_(std=4)  # the previous rank should matter
     return mixer
 
 
@@ -63,8 +64,11 @@ def test_learned_ranks_segment_by_segment() -> None:
         found |= set(ranks[b].tolist())
     assert len(found) > 1, "the segments should differ"
     same(run(mixer, x, [2, 1, 5, 1]), y)
-    ids = torch.tensor([[1, 1, 2, 2, 2, 2, 2, 2, 2]] * 4)
-    assert ranks_of(mixer, x, ids)[0, 2:].tolist() == policy_oracle(mixer, x[0, 2:])
+    ids, x = torch.tensor([[1] * 8 + [2] * 7] * 4), tokens(4, 15, D)
+    packed = ranks_of(mixer, x, ids)
+    for b in range(4):
+        assert packed[b, :8].tolist() == policy_oracle(mixer, x[b, :8])
+        assert packed[b, 8:].tolist() == policy_oracle(mixer, x[b, 8:])
 
 
 def test_rank_of_a_segment_does_not_depend_on_its_own_tokens() -> None:

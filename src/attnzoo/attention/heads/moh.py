@@ -156,7 +156,7 @@ def moh(
 
 def check_queries(draft: Draft) -> None:
     """Whether each routed head has one whole query whose norm can be its score."""
-    if getattr(draft.slots.get("project"), "late", False):
+    if getattr(draft.slots.get("project"), "late", False) and draft.rotary:
         raise ValueError("router: a latent projection splits its queries, got 'qnorm'; set router=linear")
     if draft.o_heads != draft.num_heads:
         raise ValueError(
