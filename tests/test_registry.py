@@ -30,8 +30,23 @@ def zoo():
 def test_names_are_sorted_and_filtered() -> None:
     names = attnzoo.list_variants()
     assert names == sorted(names) and {"mha", "mla", "gated_deltanet"} <= set(names)
-    assert attnzoo.list_variants("m?a") == ["mha", "mla", "mqa"]
+    assert attnzoo.list_variants("m?a") == ["mfa", "mha", "mla", "mqa"]
     assert attnzoo.list_variants(family="sparse") == ["sliding_window"]
+    families = {attnzoo.card(name).family for name in names}
+    assert sum(len(attnzoo.list_variants(family=family)) for family in families) == len(names)
+
+
+def test_the_first_wave_is_there() -> None:
+    """Key/value sharing and latents, linear and recurrent attention, hybrids: the names they are known by."""
+    wave = """
+        mha mqa gqa wgqa kdgqa dgqa sqa fixed_head_size diffqkv dha kv_shift kvt mla gla_latent tpla mtla mfa
+        mfa_kr cca ccgqa elitekv dynamic_rank mhe tensorllm lama headshare masa cla mixattention
+        linear linear_icl pavlovian linformer flatten mala rala mhla_linear l2vit flare mano fast_factorizable
+        based retnet lightning_attention gla hgrn2 mamba2 deltanet gated_deltanet kda rwkv7 log_linear
+        mega hymba recurformer recurrent_memory_chunked spectformer grassmann
+        focused_transformer discrete_kv_bottleneck efficient_dlm
+    """
+    assert not set(wave.split()) - set(attnzoo.list_variants())
 
 
 @pytest.mark.parametrize("name", attnzoo.list_variants())

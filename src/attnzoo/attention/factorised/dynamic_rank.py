@@ -1,7 +1,7 @@
 """Low-rank attention with a rank policy: how many channels of q . k are read is chosen as it trains or runs.
 
 Dynamic Rank Reinforcement Learning for Adaptive Low-Rank Multi-Head Self-Attention in Large Language Models
-(DR-RL), 2025.
+(DR-RL), arXiv 2512.15973.
 
     q_h = x A_h, k_g = x B_g (d wide, ordered channels),  v_g = x W_v;  q^r_h, k^r (one head) rotary, d_r wide
     s_ij,h = (sum_(c < r) q_c k_c + q^r . k^r) / sqrt(d + d_r)         the scale does not depend on r
@@ -69,6 +69,7 @@ class RankedRead(Single):
         name="dynamic_rank",
         title="Low-rank attention with a rank policy",
         paper="Dynamic Rank Reinforcement Learning for Adaptive Low-Rank Multi-Head Self-Attention in LLMs",
+        arxiv="2512.15973",
         family="factorised",
         summary="Queries and keys have ordered channels, and a policy says how many of them are read.",
         cached="k, v and one rotary key: 2 G d + d_r per token",
