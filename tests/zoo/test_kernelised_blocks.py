@@ -152,6 +152,7 @@ REFUSED = [
     ("linformer", {"mode": "blocks", "window": 4}, "window", 4),
     ("linformer", {"mode": "blocks", "impl": "sdpa"}, "impl", "sdpa"),
     ("linformer", {"mode": "bidirectional"}, "mode", "bidirectional"),
+    ("mha", {"add": "linformer"}, "mode", "prefix"),
     ("mhla_linear", {"block_size": 0}, "block_size", 0),
     ("mhla_linear", {"num_blocks": 0}, "num_blocks", 0),
     ("mhla_linear", {"expand_k": 0.0}, "expand_k", 0.0),
@@ -168,6 +169,8 @@ def test_refused(name: str, options: dict[str, Any], field: str, value: object) 
 
 
 CONTRACT = [
+    ("mla", {"add": "linformer", "mode": "blocks", "block_size": 4, "k": 1024}),
+    ("mla", {"add": "fast_factorizable"}),
     ("linformer", {"mode": "blocks", "block_size": 4, "k": 1024, "num_kv_heads": 2}),
     ("mhla_linear", {"block_size": 5, "num_blocks": 30, "num_kv_heads": 2, "feature_map": "hedgehog"}),
     ("rala", {"mode": "prefix_exact", "num_kv_heads": 2, "pos": "none"}),

@@ -76,6 +76,7 @@ def _frame(site: Site, mode: str = "auto", **_: object) -> str:
         family="linear",
         summary="The exponential replaced by its Taylor polynomial: a full attention matrix in linear time.",
         cached="moments of the keys, H (1 + d + d (d + 1) / 2) (d_v + 1) numbers: constant in the length",
+        adapted="the released code divides by the largest norm of the sequence; here each token has its own",
         claims=("linear cost with an all-to-all attention matrix; accuracy as softmax on long-range tasks",),
         small={"head_dim": 2, "chunk_size": 4, "order": 1, "norm": "unit"},
     ),
@@ -96,14 +97,16 @@ def fast_factorizable(
     Args:
         order: p of the polynomial; 1 needs norm=unit. norm: see the module.
         symmetric: keep products of two entries once, else twice.
-        mode: auto keeps moments, for head_dim up to 64 at order 2; quadratic keeps keys and values.
+        mode: auto keeps moments, for head_dim up to 64 at order 2; quadratic keeps keys and values, which is
+            also what it comes to on top of a variant that does.
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: mha up to O(s^3) where scores are small; based on the same q and k, at order 2 without norm.
     """
     if order == 1 and norm == "token":
         raise ValueError("norm: order=1 needs unit norms, else 1 + s is negative, got token; set norm=unit")
-    if mode == "auto" and order == 2:
+    moments = mode == "auto" and "scan" in draft.frame.slots
+    if moments and order == 2:
         if draft.host["head_dim"] is None:
             draft.head_dim = min(draft.head_dim, WIDEST)
         if draft.head_dim > WIDEST:
@@ -114,9 +117,8 @@ def fast_factorizable(
     draft.put("refine", L2Norm() if norm == "unit" else TokenNorm(draft.host["norm_eps"]))
 
     def complete(done: Draft) -> None:
-        scale = 1.0 if norm == "unit" else done.head_dim**-0.5
-        done.scale = scale
-        if mode == "quadratic":
+        done.scale = scale = 1.0 if norm == "unit" else done.qk_width**-0.5
+        if not moments:
             done.put("normalise", Polynomial(order))
             return
         plain_sum(done)

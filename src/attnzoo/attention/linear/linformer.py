@@ -190,9 +190,8 @@ def _frame(site: Site, mode: str = "prefix", **_: object) -> str:
         family="linear",
         summary="Keys and values projected along the sequence to k slots, in two forms that see no future.",
         cached="prefix: slots of keys and values (2 H k d), constant; blocks: landmarks and the last block",
-        claims=(
-            "masked language modelling on par with BERT at k = 256, n = 512; up to 20 times faster at 64k",
-        ),
+        adapted="the paper's slots mix all positions; here sums so far, or landmarks of finished blocks",
+        claims=("on par with BERT as a masked model at k = 256, n = 512; up to 20 times faster at 64k",),
         small={"k": 6, "max_seq_len": 160, "chunk_size": 4, "share_kv_proj": True},
     ),
     frames=("recurrent", "score"),
@@ -225,6 +224,8 @@ def linformer(
     for name, value in (("k", k), ("block_size", block_size)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
+    if mode == "prefix" and "scan" not in draft.frame.slots:
+        raise ValueError("mode: prefix needs states, the mixer here keeps keys, got prefix; set mode=blocks")
     site = draft.site
     rows, slots = site.max_len, k
     if mode == "blocks":
@@ -238,7 +239,9 @@ def linformer(
     def complete(done: Draft) -> None:
         if mode == "blocks":
             done.put("mask", Static(Causal() & Blocks(block_size)))
-            done.put("read", Landmarks(maps, done.shapes(), block_size))
+            wide = done.qk_width + getattr(done.slots.get("position"), "appended", 0)
+            shapes = {name: (heads, d if name == "v" else wide) for name, (heads, d) in done.shapes().items()}
+            done.put("read", Landmarks(maps, shapes, block_size))
             return
         plain_sum(done)
         shape = (done.o_heads, done.head_dim, done.v_head_dim)
