@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -231,9 +232,7 @@ def linformer(
     if mode == "blocks":
         rows, slots = block_size, min(block_size, max(1, round(k * block_size / site.max_len)))
 
-    def make() -> Slots:
-        return Slots(rows, slots, share_kv_proj)
-
+    make = partial(Slots, rows, slots, share_kv_proj)
     maps = site.shared("linformer", make) if share_layers else make()
 
     def complete(done: Draft) -> None:
