@@ -380,6 +380,20 @@ def test_sampling_is_that_without_a_cache(steps: int | None, mask_token_id: int 
     ]
 
 
+@pytest.mark.parametrize(
+    "layout, options",
+    [
+        ("efficient_dlm", {"window": 5}),
+        ([{"name": "mla", "add": "efficient_dlm", "block_size": 4}] * 2, {}),
+        ([{"name": "gqa", "add": ("efficient_dlm", "kha"), "block_size": 4}] * 2, {}),
+    ],
+    ids=["window", "mla", "kha"],
+)
+def test_sampling_of_compositions(layout: object, options: dict) -> None:
+    model = small(layout, **options)
+    assert generate(model, PROMPTS, 6, temperature=0.0) == [sampled(model, p, 6) for p in PROMPTS]
+
+
 def test_rows_sample_alone() -> None:
     model = small()
     together = generate(model, PROMPTS, 6, seed=5, top_k=6, top_p=0.9)
