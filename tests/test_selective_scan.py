@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.selective_scan import selective_scan
+from attnzoo_kernels.selective_scan import selective_scan, stepped
 from attnzoo_kernels.selective_scan.reference import CHUNK, SPAN
 
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 3, SPAN, 2 * SPAN + 5]
@@ -51,11 +51,12 @@ def same(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("T", LENGTHS)
-def test_equals_a_loop(T: int) -> None:
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_equals_a_loop(T: int, impl: str) -> None:
     x = make(T)
     for segments in (None, documents(T)):
         probes = torch.randn_like(x["u"]), torch.randn_like(x["initial_state"])
-        ours = selective_scan(**x, segments=segments, output_final_state=True)
+        ours = selective_scan(**x, segments=segments, output_final_state=True, impl=impl)
         theirs = loop(**x, segments=segments)
         grads = []
         for y, h in (ours, theirs):
@@ -63,6 +64,18 @@ def test_equals_a_loop(T: int) -> None:
             grads.append(torch.autograd.grad(total, list(x.values()), materialize_grads=True))
         for a, b in zip((*ours, *grads[0]), (*theirs, *grads[1]), strict=True):
             same(a, b)
+
+
+def test_rows_go_in_groups_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows, two at a time: the last group is short."""
+    monkeypatch.setattr(stepped, "ROOM", 2 * 3 * 4)
+    x = make(2 * stepped.SPAN + 1, batch=5)
+    found = []
+    for impl in ("auto", "reference"):
+        y, h = selective_scan(**x, output_final_state=True, impl=impl)
+        found.append((y, h, *torch.autograd.grad((y.sin().sum() + h.cos().sum()), list(x.values()))))
+    for a, b in zip(*found, strict=True):
+        same(a, b)
 
 
 @pytest.mark.parametrize("cut", [1, 7, 30])
@@ -85,7 +98,7 @@ def test_a_padded_tail_leaves_the_state() -> None:
     whole["delta"][:, 9:] = 0
     short = {n: v[:, :9] if n in ("u", "delta", "B", "C") else v for n, v in whole.items()}
     padded, plain = (selective_scan(**z, output_final_state=True)[1] for z in (whole, short))
-    assert torch.equal(padded, plain)
+    same(padded, plain)
 
 
 def test_golden() -> None:

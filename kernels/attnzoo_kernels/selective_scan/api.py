@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attnzoo_kernels.checks import check_choice, check_floats, check_shape
 from attnzoo_kernels.selective_scan.reference import selective_scan_reference
+from attnzoo_kernels.selective_scan.stepped import selective_scan_stepped
 
 
 def selective_scan(
@@ -34,12 +35,13 @@ def selective_scan(
         output_final_state: return the state after the last token too.
         segments: (batch,T) int64 document index of every token, never decreasing; see `attnzoo_kernels.scan`.
             A padded tail carries the last run's index and delta = 0.
-        impl: "auto" or "reference": there is one implementation, in torch.
+        impl: "reference": the plain form in torch. "auto": on a CPU, outside torch.compile, its twin that
+            steps through spans which fit the caches; else the plain form.
 
     Returns:
         y (batch,T,channels) in u's dtype, and h (batch,channels,N) or None. The work is done in fp32, or in
         fp64 if u or the state is, under autocast too; h has that dtype. Training keeps one state per 128
-        tokens and computes the others again. First derivatives only.
+        tokens (16 on a CPU) and computes the others again. First derivatives only.
 
     Raises:
         ValueError: a shape, dtype or device is wrong.
@@ -62,9 +64,11 @@ def selective_scan(
         )
     double = torch.float64 in (u.dtype, initial_state is not None and initial_state.dtype)
     dtype = torch.float64 if double else torch.float32
+    stepped = impl == "auto" and u.is_cpu and not torch.compiler.is_compiling()
+    scan = selective_scan_stepped if stepped else selective_scan_reference
     with torch.autocast(u.device.type, enabled=False):
         if initial_state is None:
             initial_state = u.new_zeros(batch, channels, N)
         operands = (x.to(dtype) for x in (u, delta, A, B, C, initial_state))
-        y, state = selective_scan_reference(*operands, segments)
+        y, state = scan(*operands, segments)
     return y.to(u.dtype), state if output_final_state else None
