@@ -177,6 +177,13 @@ def test_method_flops(kind: str) -> None:
     scored, applied, state = products[kind]
     expected = 2 * (scored * K + applied * V + 95 * state * K * V)
     assert scan_flops(kind, 95, 3, K, V, chunk_size=32).method == 3 * expected
+    if kind in ("scalar", "delta"):  # of 6 heads, each 3 repeat one q and k
+        shared = scan_flops(kind, 95, 6, K, V, chunk_size=32, groups=2)
+        assert shared.method == 6 * expected - 4 * 2 * scored * K
+        assert shared.executed == scan_flops(kind, 95, 6, K, V, chunk_size=32).executed
+    else:
+        with pytest.raises(ValueError, match="groups.*got 2"):
+            scan_flops(kind, 95, 6, K, V, chunk_size=32, groups=2)
 
 
 BAD = {

@@ -264,3 +264,31 @@ def test_a_document_longer_than_the_levels_is_refused() -> None:
     mixer(torch.randn(1, 8, D), cache=cache)
     with pytest.raises(ValueError, match=r"max_seq_len: 8 .*got 9"):
         mixer(torch.randn(1, 1, D), cache=cache)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_mamba2_scores_are_billed_once_per_group(groups: int) -> None:
+    """Per head they would be 2 C N H; the reference repeats them, which only the executed FLOPs show."""
+    N, P, C, length = 6, 8, 8, 32
+    mixers = [
+        attnzoo.create("mamba2", D, H, state_size=N, n_groups=groups, chunk_size=C),
+        attnzoo.create("mamba2", D, H, state_size=N, n_groups=H, chunk_size=C),
+    ]
+    bills = [mixer.cost(length).split["mixing"] * length for mixer in mixers]
+    pairs = length // C * C * (C + 1) // 2
+    assert bills[0] == 2 * pairs * (groups * N + H * P) + 4 * length * N * H * P
+    assert bills[1] - bills[0] == (H - groups) * 2 * pairs * N
+    costs = [mixer.cost(length) for mixer in mixers]
+    run = [c.executed_flops - (c.forward_flops - c.split["mixing"]) for c in costs]
+    assert run[0] == run[1]
+
+
+@pytest.mark.parametrize(
+    "name, more", [("gated_deltanet", {}), ("log_linear", {"base": "gated_deltanet", "max_seq_len": 32})]
+)
+def test_value_heads_that_share_a_key_share_its_scores(name: str, more: dict[str, Any]) -> None:
+    C, length, d = 8, 32, 3
+    options = {"head_dim": d, "expand_v": 1, "chunk_size": C, **more}
+    shared = attnzoo.create(name, D, 2, num_v_heads=4, **options).cost(length).split["mixing"]
+    own = attnzoo.create(name, D, 4, **options).cost(length).split["mixing"]
+    assert (own - shared) * length == 2 * 2 * (length // C) * C * C * d

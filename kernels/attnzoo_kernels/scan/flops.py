@@ -16,7 +16,9 @@ class ScanFlops(NamedTuple):
     executed: int
 
 
-def scan_flops(kind: str, T: int, H: int, K: int, V: int, chunk_size: int = 64) -> ScanFlops:
+def scan_flops(
+    kind: str, T: int, H: int, K: int, V: int, chunk_size: int = 64, groups: int | None = None
+) -> ScanFlops:
     """Count the matrix products of `scan` on one sequence of T tokens and H heads, forward.
 
     `executed` is what form="chunked" runs, as torch's FlopCounterMode sees it: whole C x C products, a padded
@@ -32,18 +34,23 @@ def scan_flops(kind: str, T: int, H: int, K: int, V: int, chunk_size: int = 64) 
             "delta_diagonal", "rank_one" (any gate).
         T, H, K, V: tokens, heads, key width, value width.
         chunk_size: as in `scan`: T is cut into ceil(T / chunk_size) chunks of equal size.
+        groups: heads whose q and k differ, where the others repeat them. A gate per token weighs scores only
+            after they are made, so `method` makes them once per group; `scan` makes them for each head.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: needs one of {', '.join(KINDS)}, got {kind!r}")
+    if groups is not None and kind not in ("scalar", "delta"):
+        raise ValueError(f"groups: scores of kind {kind!r} hold the gates of their head, got {groups}")
     passes = {"rank_one": 4, "scalar": 2, "diagonal": 2}.get(kind, 3)  # products of a token with the state
     state = 2 * passes * K * V
     if T == 1:
         return ScanFlops(H * state, H * state)
     grid = Grid.of(T, chunk_size)
     tail = T - (grid.count - 1) * grid.size
-    method = (grid.count - 1) * _visible(kind, grid.size, K + V) + _visible(kind, tail, K + V) + T * state
+    width = (groups or H) * K + H * V  # of what a visible pair is multiplied with
+    method = (grid.count - 1) * _visible(kind, grid.size, width) + _visible(kind, tail, width) + T * H * state
     executed = grid.count * (_products(kind, grid.size, K, V) + grid.size * state)
-    return ScanFlops(H * method, H * executed)
+    return ScanFlops(method, H * executed)
 
 
 def _visible(kind: str, C: int, width: int) -> int:

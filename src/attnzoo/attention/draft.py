@@ -89,6 +89,10 @@ class Draft:
         """Runs ``hook`` after all variants of the composition."""
         self.hooks.append((self.current, hook))
 
+    def very_last(self, hook: Callable[[Draft], None]) -> None:
+        """Runs ``hook`` after every hook of `last`: for what those may still change."""
+        self.last(lambda done: done.last(hook))
+
     def check_unbuilt(self) -> None:
         """Whether head counts may still change.
 
@@ -317,9 +321,9 @@ class RecurrentFrame(Frame):
         add_gate(draft)
         gates = draft.fill("gates", NoGates)
         scale = draft.head_dim**-0.5 if draft.scale is None else draft.scale
-        draft.fill(
-            "scan", lambda: Scan(H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind)
-        )
+        shared = gates.kind in ("scalar", "delta") and draft.num_kv_heads == draft.num_heads < H
+        sizes = (H, draft.head_dim, draft.v_head_dim, host["chunk_size"], scale, gates.kind)
+        draft.fill("scan", lambda: Scan(*sizes, draft.num_heads if shared else None))
         draft.fill("out", lambda: LinearOut(site, H, draft.v_head_dim, draft.dim, host["out_bias"]))
         mixer = RecurrentAttention(**{name: slots[name] for name in RecurrentFrame.slots})
         own = getattr(slots["scan"], "choose", None)

@@ -44,20 +44,28 @@ class NoGates(Stage):
 
 
 class Scan(Stage):
-    """The recurrence itself, with its state ``S`` ``(H, d_k, d_v)``."""
+    """The recurrence itself, with its state ``S`` ``(H, d_k, d_v)``.
+
+    Args:
+        groups: heads of queries and keys that states share, where their products are made before the gates
+            tell the states apart; None = each state has its own.
+    """
 
     def __init__(
-        self, heads: int, k_width: int, v_width: int, chunk_size: int, scale: float, kind: str
+        self,
+        heads: int,
+        k_width: int,
+        v_width: int,
+        chunk_size: int,
+        scale: float,
+        kind: str,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         if chunk_size < 1:
             raise ValueError(f"chunk_size: must be at least 1, got {chunk_size}")
-        self.shape, self.chunk_size, self.scale, self.kind = (
-            (heads, k_width, v_width),
-            chunk_size,
-            scale,
-            kind,
-        )
+        self.shape, self.chunk_size, self.scale = (heads, k_width, v_width), chunk_size, scale
+        self.kind, self.groups = kind, groups
 
     def memory(self) -> dict[str, Slot]:
         return {"S": Slot("state", self.shape)}
@@ -81,8 +89,9 @@ class Scan(Stage):
 
     def work(self, length: int) -> Iterable[Work]:
         heads, k_width, v_width = self.shape
-        flops = scan_flops(self.kind, length, heads, k_width, v_width, self.chunk_size)
-        yield Work("mixing", "scan", flops.method, flops.executed, "later tokens of a chunk", per_head=True)
+        flops = scan_flops(self.kind, length, heads, k_width, v_width, self.chunk_size, self.groups)
+        why = "later tokens of a chunk" + (", scores that states share" if self.groups else "")
+        yield Work("mixing", "scan", *flops, why, per_head=True)
 
 
 class RecurrentAttention(Mixer):

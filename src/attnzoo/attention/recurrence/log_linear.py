@@ -50,6 +50,7 @@ class LevelScan(Stage):
             )
         self.shape = (draft.o_heads, draft.head_dim, draft.v_head_dim)
         self.dim, self.delta, self.max_len = draft.dim, delta, draft.site.max_len
+        self.groups = draft.num_heads  # of queries and keys, which states share
         self.levels = (self.max_len - 1).bit_length() + 1
         self.chunk_size = min(chunk_size, 1 << (self.levels - 1))  # no longer than a document can be
         heads = draft.o_heads
@@ -93,13 +94,21 @@ class LevelScan(Stage):
         N = -(-length // C)
         top = (N - 1).bit_length()
         rest = length - (N - 1) * C
-        method = sum(self._method(min(C, rest) if i == N - 1 else C, i.bit_count(), K, V) for i in range(N))
+        found = [(min(C, rest) if i == N - 1 else C, i.bit_count()) for i in range(N)]
+        method = heads * sum(self._method(n, states, K, V) for n, states in found)
+        # scores are made before the gates tell the states of a group apart
+        method -= (heads - self.groups) * sum(2 * K * self._scored(n) for n, _ in found)
         runs = 2 * C * C * (K + V) + 2 * C * K * V + 2 * C * top * K * V
         if self.delta:
             inverse = 2 * C * (C * C - 4) // 3 if C > 1 else 0
             runs += 2 * C * C * K * 3 + 2 * C**3 + inverse + 2 * C * K * K + 2 * top * K * K * V
         reason = "later tokens of a chunk, empty levels"
-        yield Work("mixing", "scan by levels", heads * method, heads * N * runs, reason, per_head=True)
+        reason += ", scores that states share" if self.groups < heads else ""
+        yield Work("mixing", "scan by levels", method, heads * N * runs, reason, per_head=True)
+
+    def _scored(self, n: int) -> int:
+        """Pairs of n tokens that have a score of queries and keys, or of keys with keys."""
+        return n * n if self.delta else n * (n + 1) // 2
 
     def _method(self, n: int, states: int, K: int, V: int) -> int:
         """FLOPs of n tokens that find ``states`` levels: visible pairs, their own state, the reads."""
