@@ -34,6 +34,21 @@ class Terms(NamedTuple):
     a: Tensor | None = None
 
 
+def scanned(terms: Terms, slot: str, call: Call, scale: float, chunk_size: int) -> Tensor:
+    """``(B, T, H, d_v)`` what the recurrence reads, on from the state ``slot``, which it leaves behind."""
+    o, state = scan(
+        *terms,
+        scale=scale,
+        initial_state=call.mem.state(slot),
+        output_final_state=call.mem.cache is not None,
+        chunk_size=chunk_size,
+        segments=call.line.doc,
+        impl=call.impl,
+    )
+    call.mem.put(slot, state)
+    return o
+
+
 class NoGates(Stage):
     """Nothing is forgotten, everything is written."""
 
@@ -75,17 +90,7 @@ class Scan(Stage):
         return choose_scan(asked, self.shape[1])
 
     def forward(self, terms: Terms, call: Call) -> Tensor:
-        o, state = scan(
-            *terms,
-            scale=self.scale,
-            initial_state=call.mem.state("S"),
-            output_final_state=call.mem.cache is not None,
-            chunk_size=self.chunk_size,
-            segments=call.line.doc,
-            impl=call.impl,
-        )
-        call.mem.put("S", state)
-        return o
+        return scanned(terms, "S", call, self.scale, self.chunk_size)
 
     def work(self, length: int) -> Iterable[Work]:
         heads, k_width, v_width = self.shape

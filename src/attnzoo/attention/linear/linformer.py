@@ -33,12 +33,11 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.implementation import choose_scan
 from attnzoo.attention.linear.flatten import plain_sum
 from attnzoo.attention.memory import Slot
-from attnzoo.attention.recurrent import Terms
+from attnzoo.attention.recurrent import Terms, scanned
 from attnzoo.attention.score import Single
 from attnzoo.attention.stages.mask import Blocks, Causal, Mask, Static
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, computed_pairs
-from attnzoo.ops.scan import scan
 from attnzoo.registry import Card, register
 from attnzoo_kernels.scan import scan_flops
 
@@ -79,16 +78,8 @@ class TwoPass(Stage):
         place = call.line.place(len(self.slots.E), "max_seq_len")
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
         E, F = (z[place][:, :, None].expand(*v.shape[:3], -1) for z in self.slots.both(wide))
-        scores = self._scan(q, k, E, "K", self.scale, call)
-        return self._scan(scores.softmax(-1), F, v, "V", 1.0, call)
-
-    def _scan(self, q: Tensor, k: Tensor, v: Tensor, slot: str, scale: float, call: Call) -> Tensor:
-        o, state = scan(
-            q, k, v, scale=scale, initial_state=call.mem.state(slot), segments=call.line.doc,
-            output_final_state=call.mem.cache is not None, chunk_size=self.chunk_size, impl=call.impl,
-        )  # fmt: skip
-        call.mem.put(slot, state)
-        return o
+        scores = scanned(Terms(q, k, E), "K", call, self.scale, self.chunk_size)
+        return scanned(Terms(scores.softmax(-1), F, v), "V", call, 1.0, self.chunk_size)
 
     def work(self, length: int) -> Iterable[Work]:
         heads, width, v_width = self.shape

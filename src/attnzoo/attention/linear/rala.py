@@ -31,12 +31,11 @@ from attnzoo.attention.linear.flatten import plain_sum
 from attnzoo.attention.linear.linear import FeatureMap
 from attnzoo.attention.linear.mala import local_terms
 from attnzoo.attention.memory import Slot
-from attnzoo.attention.recurrent import NoGates, Terms
+from attnzoo.attention.recurrent import NoGates, Terms, scanned
 from attnzoo.attention.stages.mask import Causal
 from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.attention.stages.running import before, count, running_max, running_sum
 from attnzoo.cost import Work
-from attnzoo.ops.scan import scan
 from attnzoo.registry import Card, register
 from attnzoo_kernels.rows import by_rows
 from attnzoo_kernels.scan import scan_flops
@@ -90,20 +89,16 @@ class WeighedSum(Stage):
     def forward(self, o: Tensor, call: Call) -> Tensor:
         k, g = call.notes["rala"]
         q = call.raw.q.transpose(1, 2).to(k.dtype)
-        total, state = scan(
-            q, k, torch.ones_like(k[..., :1]), g, scale=1.0,
-            initial_state=call.mem.state("z"), output_final_state=call.mem.cache is not None,
-            chunk_size=self.chunk_size, segments=call.line.doc, impl=call.impl,
-        )  # fmt: skip
-        call.mem.put("z", state)
+        total = scanned(Terms(q, k, torch.ones_like(k[..., :1]), g), "z", call, 1.0, self.chunk_size)
         return (o.to(k.dtype) / (total + EPS)).to(o.dtype)
 
     def memory(self) -> dict[str, Slot]:
         return {"z": Slot("state", (self.heads, self.width, 1))}
 
     def work(self, length: int) -> Iterable[Work]:
-        flops = scan_flops("scalar", length, self.heads, self.width, 1, self.chunk_size)
-        yield Work("mixing", "normaliser", *flops, "later tokens of a chunk", per_head=True)
+        run = scan_flops("scalar", length, self.heads, self.width, 1, self.chunk_size).executed
+        needed, why = 2 * length * self.heads * self.width, "z by chunks, where q . z is one product"
+        yield Work("mixing", "normaliser", needed, run, why, per_head=True)
 
 
 class PrefixExact(Stage):
