@@ -182,7 +182,7 @@ def test_method_flops(kind: str) -> None:
         assert shared.method == 6 * expected - 4 * 2 * scored * K
         assert shared.executed == scan_flops(kind, 95, 6, K, V, chunk_size=32).executed
     else:
-        with pytest.raises(ValueError, match="groups.*got 2"):
+        with pytest.raises(ValueError, match=r"groups.*got 2"):
             scan_flops(kind, 95, 6, K, V, chunk_size=32, groups=2)
 
 
