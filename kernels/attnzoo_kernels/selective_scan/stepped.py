@@ -1,7 +1,7 @@
 """The selective scan on a CPU: one autograd node that steps through spans small enough for the caches.
 
-States lie as (rows, tokens, N, channels): decays broadcast along channels, and what sums over N or over
-channels is a product of matrices. A span's decays and states are made, used and forgotten; the backward pass
+States lie as (tokens, rows, N, channels): decays broadcast along channels, a step is contiguous, and what
+sums over N or over channels is a product of matrices. A span's decays and states are made, used and forgotten; the backward pass
 makes them again from the state at the span's start, the only one kept. `reference` is the plain twin.
 """
 
@@ -47,16 +47,18 @@ class _Stepped(torch.autograd.Function):
         starts: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         rates, last, y = A.t().contiguous(), state.mT.contiguous(), torch.empty_like(x)
-        spans = _spans(x.shape[1])
+        x, delta, B, C, out = (z.transpose(0, 1) for z in (x, delta, B, C, y))  # tokens first
+        starts = None if starts is None else starts.transpose(0, 1)
+        spans = _spans(len(x))
         kept = last.new_empty(len(spans), *last.shape) if any(ctx.needs_input_grad) else None
         for rows in _groups(last):
             h = last[rows]
             for i, span in enumerate(spans):
                 if kept is not None:
                     kept[i, rows] = h
-                _, hs = _states(x, delta, rates, B, starts, h, rows, span)
-                y[rows, span] = (C[rows, span, None] @ hs[:, 1:]).squeeze(2)
-                h = hs[:, -1]
+                _, hs = _states(x, delta, rates, B, starts, h, span, rows)
+                out[span, rows] = (C[span, rows, None] @ hs[1:]).squeeze(2)
+                h = hs[-1]
             last[rows] = h
         ctx.save_for_backward(x, delta, rates, B, C, starts, kept)
         return y, last.mT.contiguous()
@@ -65,25 +67,27 @@ class _Stepped(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, rates, B, C, starts, kept = ctx.saved_tensors
-        grad_x, grad_delta, grad_B, grad_C = (torch.empty_like(z) for z in (x, delta, B, C))
-        grad_rates, carry = torch.zeros_like(rates), grad_last.mT.contiguous()
-        spans = _spans(x.shape[1])
+        grad_x, grad_delta, grad_B, grad_C = grads = [torch.empty_like(z) for z in (x, delta, B, C)]
+        grad, grad_rates, carry = grad.transpose(0, 1), torch.zeros_like(rates), grad_last.mT.contiguous()
+        spans = _spans(len(x))
         for rows in _groups(carry):
             for i, span in reversed(list(enumerate(spans))):
-                a, hs = _states(x, delta, rates, B, starts, kept[i, rows], rows, span)
-                dy, here = grad[rows, span, None], delta[rows, span, None]
-                grad_C[rows, span] = (dy @ hs[:, 1:].mT).squeeze(2)
-                g = dy * C[rows, span, :, None]
-                steps, decays = g.unbind(1), a.unbind(1)
+                at = span, rows
+                a, hs = _states(x, delta, rates, B, starts, kept[i, rows], *at)
+                dy, here = grad[*at, None], delta[*at, None]
+                grad_C[at] = (dy @ hs[1:].mT).squeeze(2)
+                g = dy * C[at][..., None]
+                steps, decays = g.unbind(), a.unbind()
                 steps[-1].add_(carry[rows])
                 for t in reversed(range(len(steps) - 1)):
                     steps[t].addcmul_(decays[t + 1], steps[t + 1])
                 torch.mul(decays[0], steps[0], out=carry[rows])
-                grad_B[rows, span] = (x[rows, span, None] @ g.mT).squeeze(2)
-                grad_x[rows, span] = (B[rows, span, None] @ g).squeeze(2)
-                e = a.mul_(g).mul_(hs[:, :-1])  # of the exponents delta A
+                grad_B[at] = (x[*at, None] @ g.mT).squeeze(2)
+                grad_x[at] = (B[*at, None] @ g).squeeze(2)
+                e = a.mul_(g).mul_(hs[:-1])  # of the exponents delta A
                 grad_rates += torch.mul(e, here, out=g).sum((0, 1))
-                grad_delta[rows, span] = e.mul_(rates).sum(2)
+                grad_delta[at] = e.mul_(rates).sum(2)
+        grad_x, grad_delta, grad_B, grad_C = (z.transpose(0, 1) for z in grads)
         return grad_x, grad_delta, grad_rates.t(), grad_B, grad_C, carry.mT, None
 
 
@@ -94,19 +98,19 @@ def _states(
     B: Tensor,
     starts: Tensor | None,
     h: Tensor,
-    rows: slice,
     span: slice,
+    rows: slice,
 ) -> tuple[Tensor, Tensor]:
-    """Decays ``(rows, t, N, channels)`` and states ``(rows, 1 + t, N, channels)`` of a span, ``h`` first."""
+    """Decays ``(t, rows, N, channels)`` and states ``(1 + t, rows, N, channels)`` of a span, ``h`` first."""
     # torch's exp2 takes a quarter of its exp
-    a = (delta[rows, span, None] * (rates / math.log(2))).exp2_()
+    a = (delta[span, rows, None] * (rates / math.log(2))).exp2_()
     if starts is not None:
-        a.masked_fill_(starts[rows, span, None, None], 0.0)
-    hs = a.new_empty(a.shape[0], 1 + a.shape[1], *a.shape[2:])
-    hs[:, 0] = h
-    torch.mul(x[rows, span, None], B[rows, span, :, None], out=hs[:, 1:])
-    states = hs.unbind(1)
-    for t, decay in enumerate(a.unbind(1)):
+        a.masked_fill_(starts[span, rows, None, None], 0.0)
+    hs = a.new_empty(1 + len(a), *a.shape[1:])
+    hs[0] = h
+    torch.mul(x[span, rows, None], B[span, rows, :, None], out=hs[1:])
+    states = hs.unbind()
+    for t, decay in enumerate(a.unbind()):
         states[t + 1].addcmul_(decay, states[t])
     return a, hs
 
