@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
-from attnzoo.convert import METHODS, convert, heads, rope
+from attnzoo.convert import heads, rope
 from attnzoo.convert.factors import atoms, reconstruct, stacked, tucker
 from attnzoo.convert.latent import energy_rank, hadamard, tensor_parallel, x_eco_mla
 from attnzoo.convert.layer import Layer, heads_of, side_by_side
@@ -306,105 +306,3 @@ def test_atoms_are_the_best_and_exact_with_one_per_layer() -> None:
         error = torch.einsum("ls,snm->lnm", found.coefficients, found.atoms) - matrices
         left = torch.linalg.svdvals(matrices.flatten(1))[count:].square().sum()
         assert abs(error.square().sum() - left) < 1e-12
-
-
-# Whole models
-
-
-TEXT = {"calibration": torch.randint(0, 61, (4, 33)), "held_out": torch.randint(0, 61, (4, 33))}
-WHOLE = {
-    "gqa": {"num_kv_heads": 2},
-    "transmla": {"kv_rank": 24},
-    "mha2mla": {"num_rope_pairs": 2, "kv_rank": 20},
-    "elitekv": {"num_rope_pairs": 2, "kv_rank": 20},
-    "xecomla": {"kv_rank": 24, "q_rank": 24},
-    "dha": {"budget": 10},
-    "tpla": {},
-    "tensorllm": {"rank_model": 24, "rank_head": 6},
-    "headshare": {},
-    "masa": {"num_atoms": 2},
-}
-EXACT = {
-    "gqa": {"num_kv_heads": 4},
-    "mha2mla": {"num_rope_pairs": 4, "kv_rank": 32},
-    "elitekv": {"num_rope_pairs": 4, "kv_rank": 32},
-    "dha": {"budget": 24},
-    "tensorllm": {"rank_model": 32, "rank_head": 8},
-    "headshare": {"share_rate": 0.0},
-    "masa": {"num_atoms": 3, "share": "qkvo"},
-}
-
-
-def model(method: str, **options: Any) -> torch.nn.Module:
-    name = "mla" if "mla" in METHODS[method].sources else "mha"
-    made = attnzoo.create_model(name, vocab_size=61, dim=D, depth=3, num_heads=H, **options).double()
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(4 if p.dim() > 1 else 1)
-    return made
-
-
-def test_every_method_is_tried() -> None:
-    assert set(WHOLE) == set(METHODS)
-
-
-@pytest.mark.parametrize("method", WHOLE)
-def test_a_model_converts(method: str) -> None:
-    source = model(method)
-    new, report = convert(source, method, **TEXT, **WHOLE[method])
-    assert report.logit_change > 0
-    assert all(torch.isfinite(torch.tensor(report.loss)))
-    again = attnzoo.create_model(**new.config).double()
-    again.load_state_dict(new.state_dict())
-    assert torch.equal(again(TEXT["held_out"]), new(TEXT["held_out"]))
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_a_model_converts_exactly(method: str) -> None:
-    source = model(method)
-    new, report = convert(source, method, **TEXT, **EXACT[method])
-    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
-    assert report.logit_change < 1e-9 and abs(report.loss[0] - report.loss[1]) < 1e-9
-
-
-def test_frame_options_are_kept() -> None:
-    source = model("gqa", window=7, n_sink=2, rope_theta=500.0)
-    new, _ = convert(source, "elitekv", **TEXT, **EXACT["elitekv"])
-    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
-
-
-@pytest.mark.parametrize(
-    "method, options, message",
-    [
-        ("gka", {}, "method: 'gka'"),
-        ("gqa", {}, "num_kv_heads: gqa needs it"),
-        ("gqa", {"num_kv_heads": 3}, "num_kv_heads: must divide the 4 key heads of the source, got 3"),
-        ("gqa", {"num_kv_heads": 2, "rank": 3}, "option: 'rank' is none of gqa"),
-        ("gqa", {"num_kv_heads": 2, "pooling": "max"}, "pooling: must be one of"),
-        ("transmla", {"kv_rank": 99}, "kv_rank: must be in 1..56, got 99"),
-        ("transmla", {"kv_rank": 9, "freqfold": 3}, "freqfold: must divide the 4 pairs"),
-        ("transmla", {"kv_rank": 9, "freqfold": 2, "collapse": 4}, "collapse: must divide freqfold=2, got 4"),
-        ("elitekv", {"num_rope_pairs": 5, "kv_rank": 9}, "num_rope_pairs: must be in 0..4, got 5"),
-        ("elitekv", {"num_rope_pairs": 2, "kv_rank": 0}, "kv_rank: must be in 1..32, got 0"),
-        ("xecomla", {"kv_rank": 9, "q_rank": 99}, "q_lora_rank: must be in 1..32, got 99"),
-        ("dha", {"budget": 5}, "budget: must be in 6..24 heads, got 5"),
-        ("tpla", {"latent_shards": 3}, "latent_shards: must divide the latent's 32 channels, got 3"),
-        ("tensorllm", {"rank_model": 40, "rank_head": 8}, "rank_model: must be in 1..32, got 40"),
-        ("masa", {"num_atoms": 4}, "num_atoms: must be in 1..3 layers, got 4"),
-        ("headshare", {"share_rate": 1.5}, "share_rate: must be in 0..1, got 1.5"),
-    ],
-)
-def test_refusals(method: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        convert(model(method if method in METHODS else "gqa"), method, TEXT["calibration"], **options)
-
-
-def test_a_layer_that_cannot_be_read_is_named() -> None:
-    mixed = attnzoo.create_model("mha,linear,mha", vocab_size=61, dim=D, depth=3, num_heads=H)
-    with pytest.raises(ValueError, match="layer 1 is 'linear'"):
-        convert(mixed, "gqa", num_kv_heads=2)
-    gated = attnzoo.create_model("mha", vocab_size=61, dim=D, depth=2, num_heads=H, output_gate="headwise")
-    with pytest.raises(ValueError, match="layer 0 has a Gate"):
-        convert(gated, "gqa", num_kv_heads=2)
-    with pytest.raises(ValueError, match="calibration: transmla reads activations"):
-        convert(model("gqa"), "transmla", kv_rank=8)

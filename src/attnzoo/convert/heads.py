@@ -94,23 +94,36 @@ def fuse(layers: list[Layer], budget: int) -> list[Fused]:
         for i, layer in enumerate(layers)
         for name in "kv"
     }
-    points = {key: z / torch.linalg.norm(z) for key, z in points.items()}
+    grams = {key: z @ z.T / z.square().sum() for key, z in points.items()}
     groups = {key: [[h] for h in range(len(z))] for key, z in points.items()}
+    cheapest = {key: _cheapest(grams[key], own) for key, own in groups.items()}
     for _ in range(most - budget):
-        _, key, a, b = min(
-            (_ward(points[key], own[a], own[b]), key, a, b)
-            for key, own in groups.items()
-            for a in range(len(own))
-            for b in range(a + 1, len(own))
-        )
+        key = min(cheapest, key=cheapest.get)
+        _, a, b = cheapest[key]
         groups[key][a] += groups[key].pop(b)
+        cheapest[key] = _cheapest(grams[key], groups[key])
     return [_collapse(layer, *(sorted(groups[i, n]) for n in "kv")) for i, layer in enumerate(layers)]
 
 
-def _ward(points: Tensor, a: list[int], b: list[int]) -> float:
-    """Growth of the squared distances to the mean when two groups become one."""
-    weight = len(a) * len(b) / (len(a) + len(b))
-    return weight * float((points[a].mean(0) - points[b].mean(0)).square().sum())
+def _cheapest(gram: Tensor, groups: list[list[int]]) -> tuple[float, int, int]:
+    """The two groups whose squared distances to their mean grow least when they become one, and how much.
+
+    Args:
+        gram: products of all points with each other.
+    """
+    n = len(groups)
+    if n == 1:
+        return torch.inf, 0, 0
+    member = torch.zeros(n, len(gram), dtype=gram.dtype)
+    for row, own in zip(member, groups, strict=True):
+        row[own] = 1 / len(own)
+    means = member @ gram @ member.T
+    size = torch.tensor([len(own) for own in groups], dtype=gram.dtype)
+    apart = means.diagonal()[:, None] + means.diagonal() - 2 * means
+    growth = apart * size[:, None] * size / (size[:, None] + size)
+    growth[torch.ones(n, n, dtype=torch.bool).tril()] = torch.inf
+    least = int(growth.argmin())
+    return float(growth.flatten()[least]), least // n, least % n
 
 
 def _collapse(layer: Layer, keys: list[list[int]], values: list[list[int]]) -> Fused:

@@ -30,24 +30,30 @@ def x_eco_mla(
 ) -> Latent:
     """X-EcoMLA (2503.11132): latent weights from the singular vectors of the queries and of keys and values.
 
-    A start for further training, not the same function even at full rank: the rotary channels are the last of
-    each head, paired anew. They are ordered so that rotating halves here pairs the channels that the released
-    code pairs as neighbours.
+    A start for further training, not the same function even at full rank unless there are no positions: the
+    rotary channels are the last of each head, paired anew. They are ordered so that rotating halves here
+    pairs the channels that the released code pairs as neighbours.
 
     Args:
         rank, q_rank: of keys and values, of queries; with ``energy`` found from it instead.
         d_n, d_r: content and rotary width per head; overlapping where they exceed the head.
     """
     H, G, d = layer.heads, layer.kv_heads, layer.head_dim
-    for name, value in (("qk_nope_head_dim", d_n), ("qk_rope_head_dim", d_r)):
-        if not 1 <= value <= d:
-            raise ValueError(f"{name}: must be in 1..head_dim={d}, got {value}")
+    if (d_r > 0) != (layer.theta is not None):
+        raise ValueError(
+            f"qk_rope_head_dim: must be {'0' if layer.theta is None else 'positive'} as the source has "
+            f"{'no' if layer.theta is None else 'rotary'} positions, got {d_r}"
+        )
+    for name, value, least in (("qk_nope_head_dim", d_n, 1), ("qk_rope_head_dim", d_r, 0)):
+        if not least <= value <= d:
+            raise ValueError(f"{name}: must be in {least}..head_dim={d}, got {value}")
     W_q, W_k, W_v = (layer.weights[f"W_{n}"] for n in "qkv")
     K, V = (heads_of(W, G).repeat_interleave(H // G, 0) for W in (W_k, W_v))
     joint = torch.cat([side_by_side(K), side_by_side(V)], dim=1)
     if energy is not None:
         rank, q_rank = energy_rank(joint, energy), energy_rank(W_q, energy)
-    order = torch.cat([torch.arange(0, d_r, 2), torch.arange(1, d_r, 2)]) + d - d_r
+    last = torch.arange(d - d_r, d)
+    order = torch.cat([last[::2], last[1::2]])
     down_q, up_q = _factors(W_q, q_rank, "q_lora_rank")
     up_q = heads_of(up_q, H)
     W_uq = side_by_side(torch.cat([up_q[..., :d_n], up_q[..., order]], dim=-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Layer:
         if self.x is None:
             raise ValueError("calibration: this conversion reads activations, got no text; give some")
         return self.x.double()
+
+    def options(self) -> dict[str, Any]:
+        """Frame options of a mixer of the same heads, where they are not the defaults."""
+        width = {} if self.heads * self.head_dim == len(self.weights["W_q"]) else {"head_dim": self.head_dim}
+        return width | ({"qkv_bias": True} if "b_q" in self.weights else {})
 
     def q_and_k(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
         return (self.weights["W_q"], self.heads), (self.weights["W_k"], self.kv_heads)

@@ -17,6 +17,10 @@ from attnzoo.convert import factors, heads, latent, rope
 from attnzoo.convert.layer import Layer, heads_of, side_by_side
 
 PLAIN = ("mha", "gqa", "mqa", "sqa", "fixed_head_size")  # separate queries, keys and values, all heads alike
+LATENT = (
+    *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("latent_norm", "allow_expand"),
+)
 
 
 class Target(NamedTuple):
@@ -32,11 +36,15 @@ class Method(NamedTuple):
 
     Args:
         sources: variants it reads. reads_text: whether it needs calibration text.
+        biases: whether the target has biases of queries, keys and values.
+        keeps: options of the source that the target has too, beside those of the frame.
     """
 
     run: Callable[..., list[Target]]
     sources: tuple[str, ...]
     reads_text: bool = False
+    biases: bool = False
+    keeps: tuple[str, ...] = ()
 
 
 def to_gqa(
@@ -49,7 +57,11 @@ def to_gqa(
     also exact for values of rank <= d per group, and pools keys by their mean.
     """
     return [
-        Target("gqa", {"num_kv_heads": num_kv_heads}, heads.grouped(layer, num_kv_heads, pooling))
+        Target(
+            "gqa",
+            layer.options() | {"num_kv_heads": num_kv_heads},
+            heads.grouped(layer, num_kv_heads, pooling),
+        )
         for layer in layers
     ]
 
@@ -83,12 +95,15 @@ def to_xecomla(
     energy: float | None = None,
 ) -> list[Target]:
     """X-EcoMLA (2503.11132): a start from singular vectors; not the source's function even at full rank.
+    Exact: a source without positions at full rank.
 
-    Widths default to half a head each. With ``energy`` the ranks are each layer's own.
+    Widths default to half a head each, without positions to all of it. With ``energy`` the ranks are each
+    layer's own.
     """
     targets = []
     for layer in layers:
-        d_r = layer.head_dim // 2 if qk_rope_head_dim is None else qk_rope_head_dim
+        default = 0 if layer.theta is None else layer.head_dim // 4 * 2 or 2
+        d_r = default if qk_rope_head_dim is None else qk_rope_head_dim
         d_n = layer.head_dim - d_r if qk_nope_head_dim is None else qk_nope_head_dim
         found = latent.x_eco_mla(layer, kv_rank, q_rank, d_n, d_r, energy)
         targets.append(_mla(layer, found, found.W_dq.shape[1], found.W_ukv.shape[0], d_n, d_r))
@@ -135,7 +150,7 @@ def _partial(layer: Layer, count: int, rank: int, strategy: str) -> Target:
         "W_o": found.W_o,
     }
     options = {"num_rope_pairs": count, "kv_rank": rank, "num_kv_heads": layer.kv_heads}
-    return Target("elitekv", options, weights)
+    return Target("elitekv", layer.options() | options, weights)
 
 
 def to_dha(layers: list[Layer], *, budget: int) -> list[Target]:
@@ -145,7 +160,8 @@ def to_dha(layers: list[Layer], *, budget: int) -> list[Target]:
     return [
         Target(
             "dha",
-            {
+            layer.options()
+            | {
                 "num_key_heads": max(found.key_map) + 1,
                 "num_value_heads": max(found.value_map) + 1,
                 "key_map": found.key_map,
@@ -153,7 +169,7 @@ def to_dha(layers: list[Layer], *, budget: int) -> list[Target]:
             },
             found.weights,
         )
-        for found in heads.fuse(layers, budget)
+        for layer, found in zip(layers, heads.fuse(layers, budget), strict=True)
     ]
 
 
@@ -166,8 +182,10 @@ def to_tpla(
     targets = []
     for layer in layers:
         found = latent.tensor_parallel(layer, latent_shards, basis)
-        slices = {"shard_norm": "sharded", "shard_gain": found.gain, "shard_share": found.energy}
-        targets.append(Target("tpla", {"latent_shards": latent_shards, **slices}, found.weights))
+        options = {"latent_shards": latent_shards, "shard_gain": found.gain}
+        if "gamma_kv" in found.weights:
+            options |= {"shard_norm": "sharded", "shard_share": found.energy}
+        targets.append(Target("tpla", options, found.weights))
     return targets
 
 
@@ -178,21 +196,24 @@ def to_tensorllm(
     ranks = (rank_model, rank_head, rank_qkvo)
     options = dict(zip(("rank_model", "rank_head", "rank_qkvo"), ranks, strict=True))
     found = [factors.tucker(layer, ranks, iterate) for layer in layers]
-    return [Target("tensorllm", options, dict(zip(("U1", "U2", "U3", "C"), f, strict=True))) for f in found]
+    return [
+        Target("tensorllm", layer.options() | options, dict(zip(("U1", "U2", "U3", "C"), f, strict=True)))
+        for layer, f in zip(layers, found, strict=True)
+    ]
 
 
 def to_headshare(layers: list[Layer], *, share_rate: float = 0.3) -> list[Target]:
     """DirectShare (2402.11819): the heads most alike take the blocks of an earlier layer's head."""
     table = heads.nearest_heads(layers, share_rate)
     return [
-        Target("headshare", {"share_table": table, "num_kv_heads": layer.kv_heads}, weights)
+        Target("headshare", layer.options() | {"share_table": table, "num_kv_heads": layer.kv_heads}, weights)
         for layer, weights in zip(layers, heads.replaced(layers, table), strict=True)
     ]
 
 
 def to_masa(layers: list[Layer], *, num_atoms: int, share: Literal["qkv", "qkvo"] = "qkv") -> list[Target]:
     """MASA (2508.04581) by matrix PCA. Exact with as many atoms as layers."""
-    weights: list[dict[str, Tensor]] = [{} for _ in layers]
+    weights = [{k: v for k, v in layer.weights.items() if k.startswith("b_")} for layer in layers]
     for name in "qkvo":
         matrices = torch.stack([layer.weights[f"W_{name}"] for layer in layers])
         if name in share:
@@ -204,20 +225,20 @@ def to_masa(layers: list[Layer], *, num_atoms: int, share: Literal["qkv", "qkvo"
                 own[f"W_{name}"] = matrix
     options = {"num_atoms": num_atoms, "share": share, "coef_param": "free"}
     return [
-        Target("masa", options | {"num_kv_heads": layer.kv_heads}, own)
+        Target("masa", layer.options() | options | {"num_kv_heads": layer.kv_heads}, own)
         for layer, own in zip(layers, weights, strict=True)
     ]
 
 
 METHODS: dict[str, Method] = {
-    "gqa": Method(to_gqa, PLAIN),
+    "gqa": Method(to_gqa, PLAIN, biases=True),
     "transmla": Method(to_transmla, PLAIN, reads_text=True),
     "mha2mla": Method(to_mha2mla, PLAIN, reads_text=True),
     "elitekv": Method(to_elitekv, PLAIN, reads_text=True),
     "xecomla": Method(to_xecomla, PLAIN),
-    "dha": Method(to_dha, PLAIN),
-    "tpla": Method(to_tpla, ("mla",), reads_text=True),
+    "dha": Method(to_dha, PLAIN, biases=True),
+    "tpla": Method(to_tpla, ("mla",), reads_text=True, keeps=LATENT),
     "tensorllm": Method(to_tensorllm, PLAIN),
-    "headshare": Method(to_headshare, PLAIN),
-    "masa": Method(to_masa, PLAIN),
+    "headshare": Method(to_headshare, PLAIN, biases=True),
+    "masa": Method(to_masa, PLAIN, biases=True),
 }

@@ -70,7 +70,7 @@ def convert(
     if chosen.reads_text and calibration is None:
         raise ValueError(f"calibration: {method} reads activations, got no text; give (N, T) tokens")
     layers = _layers(model, method, chosen, calibration)
-    new = _built(model, chosen.run(layers, **given))
+    new = _built(model, layers, chosen.run(layers, **given), (*KEPT, *chosen.keeps))
     report = Report(method, given)
     length = model.config["max_seq_len"]
     before, after = (m.cost(length) for m in (model, new))
@@ -123,15 +123,26 @@ def _layers(model: LanguageModel, method: str, chosen: Method, calibration: Tens
             raise ValueError(
                 f"model: {method} converts layers of {', '.join(chosen.sources)}, layer {i} is {what!r}"
             )
-        layers.append(read(mixer, seen.get(i)))
+        layer = read(mixer, seen.get(i))
+        if "b_q" in layer.weights and not chosen.biases:
+            fit = ", ".join(name for name, other in METHODS.items() if other.biases)
+            raise ValueError(
+                f"qkv_bias: {method} makes factors that have no biases, layer {i} has them; use one of {fit}"
+            )
+        layers.append(layer)
+    counts = [layer.heads for layer in layers]
+    if len(set(counts)) > 1:
+        raise ValueError(f"num_heads: layers of one number of query heads are converted, got {counts}")
     return layers
 
 
-def _built(model: LanguageModel, targets: list[Target]) -> LanguageModel:
+def _built(
+    model: LanguageModel, sources: list[Layer], targets: list[Target], kept: tuple[str, ...]
+) -> LanguageModel:
     legal = inspect.signature(create_model).parameters
-    config = {k: v for k, v in model.config.items() if k in legal}
+    config = {k: v for k, v in model.config.items() if k in legal} | {"num_heads": sources[0].heads}
     layers = [
-        {k: m.options[k] for k in KEPT if k in m.options} | t.options
+        {k: m.options[k] for k in kept if k in m.options} | t.options
         for m, t in zip(model.mixers, targets, strict=True)
     ]
     if all(own == layers[0] for own in layers):
@@ -141,6 +152,7 @@ def _built(model: LanguageModel, targets: list[Target]) -> LanguageModel:
     new = create_model(**config).to(next(model.parameters()).dtype)
     rest = {k: v for k, v in model.state_dict().items() if ".mixer." not in k}
     new.load_state_dict(new.state_dict() | rest)
-    for mixer, target in zip(new.mixers, targets, strict=True):
-        write(mixer, target.weights)
+    for mixer, source, target in zip(new.mixers, sources, targets, strict=True):
+        bias = {"b_o": source.weights["b_o"]} if "b_o" in source.weights else {}
+        write(mixer, bias | target.weights)
     return new.train(model.training)

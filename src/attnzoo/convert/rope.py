@@ -6,6 +6,7 @@ a head. Factorisations run in fp64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,10 @@ def choose_pairs(layer: Layer, count: int, strategy: str) -> Tensor:
     G, pairs = layer.kv_heads, layer.head_dim // 2
     if not 0 <= count <= pairs:
         raise ValueError(f"num_rope_pairs: must be in 0..{pairs}, got {count}")
+    if count and layer.theta is None:
+        raise ValueError(f"num_rope_pairs: must be 0 with a source without positions, got {count}")
+    if not count:
+        return torch.zeros(G, 0, dtype=torch.long)
     if strategy == "greedy":
         return greedy_pairs(layer, count)[0][:, :count].sort(dim=1).values
     if strategy == "norm":
@@ -54,7 +59,7 @@ def choose_pairs(layer: Layer, count: int, strategy: str) -> Tensor:
     every = {
         "high": torch.arange(count),
         "low": torch.arange(pairs - count, pairs),
-        "uniform": torch.arange(count) * pairs // max(count, 1),
+        "uniform": torch.arange(count) * pairs // count,
     }
     return every[strategy].expand(G, -1).clone()
 
@@ -68,24 +73,24 @@ def greedy_pairs(layer: Layer, rounds: int) -> tuple[Tensor, Tensor]:
     """
     x, (G, d) = layer.inputs(), (layer.kv_heads, layer.head_dim)
     q, k = (by_head(x @ W, n).unflatten(-1, (2, d // 2)) for W, n in layer.q_and_k())
-    T = x.shape[1]
-    seen = torch.ones(T, T, dtype=torch.bool).tril()
-    turned = [turn_pairs(z, layer.theta) for z in (q, k)]
+    plain, turned = (q, k), [turn_pairs(z, layer.theta) for z in (q, k)]
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
 
-    def scores(q: Tensor, k: Tensor, f: int) -> Tensor:
-        """What pair f adds to the scores ``(B, G, H / G, T, T)``."""
-        q = q[..., f].unflatten(1, (G, -1))
-        return q @ k[..., f][:, :, None].mT / d**0.5
+    def scores(pair: Sequence[Tensor], g: int, f: int) -> Tensor:
+        """What pair f adds to the scores ``(B, H / G, visible)`` of the query heads of key head g."""
+        q, k = pair[0].unflatten(1, (G, -1))[:, g, ..., f], pair[1][:, g, None, ..., f]
+        return (q @ k.mT)[..., seen] / d**0.5
 
-    # the change that leaving a pair unrotated makes; changes of several pairs add up
-    change = torch.stack([scores(q, k, f) - scores(*turned, f) for f in range(d // 2)])
-    left = change.sum(0)
     order, distances = torch.zeros(G, rounds, dtype=torch.long), torch.zeros(G, rounds, dtype=x.dtype)
-    for m in range(rounds):
-        tried = (left - change).abs()[..., seen].mean((1, 3, 4))  # (pairs, G)
-        tried[order[:, :m].T, torch.arange(G)] = torch.inf
-        distances[:, m], order[:, m] = tried.min(0)
-        left = left - change[order[:, m], :, torch.arange(G)].transpose(0, 1)
+    for g in range(G):
+        # the change that leaving a pair unrotated makes; changes of several pairs add up
+        change = torch.stack([scores(plain, g, f) - scores(turned, g, f) for f in range(d // 2)])
+        left = change.sum(0)
+        for m in range(rounds):
+            tried = torch.stack([(left - own).abs().mean() for own in change])
+            tried[order[g, :m]] = torch.inf
+            distances[g, m], order[g, m] = tried.min(0)
+            left = left - change[order[g, m]]
     return order, distances
 
 

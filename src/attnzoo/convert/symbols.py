@@ -11,9 +11,10 @@ from attnzoo.attention.base import Mixer, Stage
 from attnzoo.attention.crosslayer.headshare import Assembled
 from attnzoo.attention.crosslayer.masa import Combination
 from attnzoo.attention.crosslayer.provider import Made
-from attnzoo.attention.factorised.tensorllm import Tucker
+from attnzoo.attention.factorised.tensorllm import Tucker, TuckerOut
 from attnzoo.attention.latent.elitekv import EliteRope
 from attnzoo.attention.latent.latent import Latent
+from attnzoo.attention.sharing.sqa import TiledQueries
 from attnzoo.attention.stages.out import LinearOut
 from attnzoo.attention.stages.project import QKV
 from attnzoo.convert.layer import Layer
@@ -40,6 +41,10 @@ def read(mixer: Mixer, x: Tensor | None) -> Layer:
         weights["b_o"] = mixer.out.out_proj.bias.double()
     theta = mixer.options["rope_theta"] if mixer.options["pos"] == "rope" else None
     heads, kv_heads, width = _sizes(mixer)
+    if isinstance(mixer.project, TiledQueries):  # the same heads again, as matrices of their own
+        tiles = mixer.project.tiles
+        heads *= tiles
+        weights |= {name: weights[name].tile(tiles) for name in ("W_q", "b_q") if name in weights}
     return Layer(weights, heads, kv_heads, width, theta, x)
 
 
@@ -123,6 +128,10 @@ def _write_latent(stage: Latent, given: Given) -> None:
             getattr(stage, name).copy_(given[symbol])
 
 
+def _write_tucker_out(stage: TuckerOut, given: Given) -> None:
+    stage.bias.copy_(given["b_o"])
+
+
 def _write_tucker(stage: Tucker, given: Given) -> None:
     for name in ("U1", "U2", "U3"):
         getattr(stage, name).copy_(given[name])
@@ -135,4 +144,5 @@ WRITERS: dict[type[Stage], Callable[[Stage, Given], None]] = {
     LinearOut: _write_out,
     Latent: _write_latent,
     Tucker: _write_tucker,
+    TuckerOut: _write_tucker_out,
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call, Choices, Stage, same
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.flatten import plain_sum
+from attnzoo.attention.linear.linear import plain_sum
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms
 from attnzoo.cost import Work

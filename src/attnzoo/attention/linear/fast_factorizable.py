@@ -24,7 +24,7 @@ from torch import Tensor
 from attnzoo.attention.base import Call, Site, Stage
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.based import Taylor
-from attnzoo.attention.linear.flatten import plain_sum
+from attnzoo.attention.linear.linear import plain_sum
 from attnzoo.attention.stages.refine import L2Norm
 from attnzoo.ops.taylor import polynomial
 from attnzoo.registry import Card, register

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.linear import Normaliser
+from attnzoo.attention.linear.linear import Normaliser, plain_sum
 from attnzoo.attention.stages.combine import LocalConv
 from attnzoo.registry import Card, register
 
@@ -125,11 +125,3 @@ def flatten(
             done.put("combine", LocalConv(shapes["v"], kernel_size, shared=True, field="kernel_size"))
 
     draft.last(complete)
-
-
-def plain_sum(draft: Draft) -> None:
-    """Refuses gates of another variant where the read-out is that of a plain sum."""
-    if "gates" in draft.slots:
-        raise ValueError(
-            f"add: {draft.current} reads a plain sum, {draft.owner['gates']} gates it; leave one of them out"
-        )

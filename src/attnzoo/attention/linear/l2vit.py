@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Site, Stage, flag
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.linear import FeatureMap, Normaliser
+from attnzoo.attention.linear.linear import FeatureMap, Normaliser, plain_sum
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.stages.mask import Blocks, Causal, Static
 from attnzoo.attention.stages.project import QKV
@@ -115,7 +115,14 @@ def _choose(site: Site, *, layer_pattern: tuple[str, ...], **_: object) -> str:
         cached="window layers: a ring of k, v; linear layers: S, z; tails of convolutions",
         adapted="the paper sums and convolves both ways and norms over the batch; here over the past",
         claims=("ImageNet-1k 84.4 %, 87.0 % with ImageNet-22k at 384^2",),
-        small={"layer_idx": 1, "window": 5, "chunk_size": 4, "lcm_kernel": 3, "denom_min": 0.4},
+        small={
+            "layer_idx": 1,
+            "num_layers": 2,
+            "window": 5,
+            "chunk_size": 4,
+            "lcm_kernel": 3,
+            "denom_min": 0.4,
+        },
         layers=2,
     ),
     frames=("score", "recurrent"),
@@ -167,6 +174,7 @@ def l2vit(
             done.put("project", Placed(done, cpe_kernel, stores=kind == "score"))
         if kind == "score":
             return
+        plain_sum(done)
         done.scale = 1.0
         done.put("refine", FeatureMap("relu", done.shapes()))
         done.put("combine", Floored(done.o_heads, done.num_kv_heads, done.head_dim, denom_min))

@@ -117,6 +117,23 @@ class Normaliser(Stage):
         return {"normaliser": 3.0 * self.heads * self.width}
 
 
+def plain_sum(draft: Draft, whole: bool = True) -> None:
+    """Claims the sum over the past, whose weights the read-out knows, for one variant of a composition.
+
+    Args:
+        whole: the read-out divides by the sum of these very weights, so nothing else may change or divide it.
+    """
+    others = [("gates", "gates it")]
+    others += [("scan", "sums otherwise"), ("sum", "reads it its own way")] if whole else []
+    for slot, does in others:
+        if slot in draft.owner:
+            raise ValueError(
+                f"add: {draft.current} reads a plain sum, {draft.owner[slot]} {does}; leave one of them out"
+            )
+    if whole:
+        draft.owner["sum"] = draft.current
+
+
 @register(
     Card(
         name="linear",
@@ -160,10 +177,7 @@ def linear(
         raise ValueError(f"nu: must be at least 1, got {nu}")
 
     def complete(done: Draft) -> None:
-        if "gates" in done.slots:
-            raise ValueError(
-                f"add: linear reads a plain sum, {done.owner['gates']} gates it; leave one of them out"
-            )
+        plain_sum(done, whole=normalize)
         phi = FeatureMap(feature_map, done.shapes(), nu)
         done.put("refine", phi)
         # the projection keeps the head's width, everything after the map sees the features'

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Call, Choices, Site, Stage
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.implementation import choose_scan
-from attnzoo.attention.linear.flatten import plain_sum
+from attnzoo.attention.linear.linear import plain_sum
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms, scanned
 from attnzoo.attention.score import Single

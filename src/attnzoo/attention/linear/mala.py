@@ -23,8 +23,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call, Stage
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.flatten import plain_sum
-from attnzoo.attention.linear.linear import FeatureMap
+from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import NoGates, Terms
 from attnzoo.attention.stages.combine import Gate, LocalConv

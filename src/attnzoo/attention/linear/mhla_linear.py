@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Choices, Stage, flag, same
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.flatten import plain_sum
-from attnzoo.attention.linear.linear import FeatureMap
+from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.stages.blocks import Layout

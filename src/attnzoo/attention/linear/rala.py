@@ -27,8 +27,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call, Choices, Stage, same
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.flatten import plain_sum
-from attnzoo.attention.linear.linear import FeatureMap
+from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.linear.mala import local_terms
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import NoGates, Terms, scanned
