@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -154,7 +154,7 @@ def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank:
     adds = _added(name, options.pop("add", ()), title, entry.branches)
     chosen = _sort_options(name, entry, adds, options, title, others)
     host = chosen.pop("")
-    site = Site(host["layer_idx"], host["num_layers"], host["max_seq_len"], bank=bank)
+    site = _site(host, bank)
     draft = Draft(frame, site, dim, num_heads, host=host, current=name)
     frame.begin(draft, **{k: host[k] for k in opts.keyword_options(frame.begin)})
     for member in adds:
@@ -166,9 +166,10 @@ def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank:
             draft.current = member.card.name
             member.change(draft, **chosen[member.card.name])
     if draft.within:
+        other, frames, _ = draft.within[0]
         raise ValueError(
-            f"add: {draft.within[0][0]!r} changes {FRAMES[draft.within[0][1][0]].title}, no branch of {name!r} "
-            "is one under these options; leave it out"
+            f"add: {other!r} changes {FRAMES[frames[0]].title}, no branch of {name!r} is one under these "
+            "options; leave it out"
         )
     mixer = frame.finish(draft)
     mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, draft.site
@@ -228,9 +229,18 @@ def list_variants(pattern: str = "*", family: str | None = None) -> list[str]:
     )
 
 
-def card(name: str) -> Card:
-    """The card of a variant."""
-    return _entry(name).card
+def card(name: str, add: str | Sequence[str] = ()) -> Card:
+    """The card of a variant; with ``add``, of a composition, which has the traits that all members have."""
+    own, *others = (_entry(n).card for n in (name, *_names(add)))
+    if not others:
+        return own
+    every = (own, *others)
+    return replace(
+        own,
+        traits={trait: all(c.traits[trait] for c in every) for trait in own.traits},
+        no_grad={k: v for c in every for k, v in c.no_grad.items()},
+        layers=max(c.layers for c in every),
+    )
 
 
 def equations(name: str) -> str:
@@ -269,9 +279,20 @@ def _frames_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) -
         k: opts.check(k, options.get(k, p.default), p.annotation)
         for k, p in opts.keyword_options(entry.change).items()
     }
-    site = Site(place["layer_idx"], place["num_layers"], place["max_seq_len"], bank=bank)
+    site = _site(place, bank)
     layers = range(max(site.depth, 16))  # also where one layer stands alone, for those that it stands for
     return entry.choose(site, **own), {entry.choose(site._replace(layer=i), **own) for i in layers}
+
+
+def _site(options: Mapping[str, Any], bank: dict[str, Any]) -> Site:
+    layer, depth, longest = (options[name] for name in ("layer_idx", "num_layers", "max_seq_len"))
+    _check_size("num_layers", depth)
+    _check_size("max_seq_len", longest)
+    if not 0 <= layer < depth:
+        raise ValueError(
+            f"layer_idx: must be in 0..num_layers-1={depth - 1}, got {layer}; set num_layers as well"
+        )
+    return Site(layer, depth, longest, bank=bank)
 
 
 @cache
@@ -284,9 +305,14 @@ def _check_size(field: str, value: int) -> None:
         raise ValueError(f"{field}: must be an integer of at least 1, got {value!r}")
 
 
+def _names(add: Any) -> list[str]:
+    """The option ``add`` as a list."""
+    return [add] if isinstance(add, str) else list(add or ())
+
+
 def _added(name: str, add: Any, frame: str, branches: tuple[str, ...]) -> list[Entry]:
     """The entries of ``add``, whose changes the frame or a branch must have a place for."""
-    names = [add] if isinstance(add, str) else list(add or ())
+    names = _names(add)
     entries = []
     for other in names:
         entry = _entry(other)

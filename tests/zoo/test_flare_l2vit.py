@@ -186,7 +186,9 @@ def test_l2vit_golden_linear_attention() -> None:
     given, w = file["spec_options"], file["weights"]
     options = {"denom_min": given["denom_min"], "lcm_kernel": 0, "cpe_kernel": 0}
     mixer = (
-        attnzoo.create("l2vit", 24, given["num_heads"], layer_idx=1, **options).double().requires_grad_(False)
+        attnzoo.create("l2vit", 24, given["num_heads"], layer_idx=1, num_layers=2, **options)
+        .double()
+        .requires_grad_(False)
     )
     mixer.project.qkv_proj.weight.copy_(torch.cat([w["W_q"], w["W_k"], w["W_v"]], dim=1).T)
     mixer.project.qkv_proj.bias.copy_(torch.cat([w["b_q"], w["b_k"], w["b_v"]]))
@@ -201,7 +203,7 @@ def test_l2vit_golden_linear_attention() -> None:
 
 def test_l2vit_reduces_to_linear_and_to_mha() -> None:
     bare = {"lcm_kernel": 0, "cpe_kernel": 0, "qkv_bias": False, "out_bias": False}
-    mixer, x = build("l2vit", layer_idx=1, denom_min=1e-9, **bare), tokens()
+    mixer, x = build("l2vit", layer_idx=1, num_layers=2, denom_min=1e-9, **bare), tokens()
     mixer.combine[0].tau.fill_(1.0)
     other = build("linear", feature_map="relu", pos="none")
     other.load_state_dict({k: v for k, v in mixer.state_dict().items() if "tau" not in k})

@@ -33,14 +33,16 @@ class Subject:
 
     @classmethod
     def of(cls, name: str, layers: int = 1, **options: Any) -> Subject:
-        """The registered variant ``name``; a stack of ``layers`` of them where that is more than 1."""
+        """The registered variant ``name``, or the composition that the option ``add`` makes of it; a stack of
+        ``layers`` of them where that is more than 1.
+        """
 
         def make(dim: int, num_heads: int, **more: Any) -> Mixer | Stack:
             if layers > 1:
                 return Stack(name, layers, dim, num_heads, **more)
             return registry.create(name, dim, num_heads, **more)
 
-        return cls(make, registry.card(name), options)
+        return cls(make, registry.card(name, options.get("add", ())), options)
 
     @classmethod
     def cases(cls, name: str) -> dict[str, Subject]:

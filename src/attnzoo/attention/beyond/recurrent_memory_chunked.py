@@ -60,7 +60,7 @@ class MemoryReads(Single):
         self.masks, self.size, self.slots, self.detach = masks, masks[1].size, slots, detach
         self.dim, self.impl = draft.dim, impl
         shapes = draft.shapes()
-        self.heads = (draft.num_heads, shapes["k"][0], shapes["v"][0])
+        self.heads = (draft.score_heads or draft.num_heads, shapes["k"][0], shapes["v"][0])
         self.widths = (draft.head_dim, draft.qk_width, draft.v_head_dim)
         self.mem_sizes = [self.heads[1] * self.widths[0], self.heads[2] * self.widths[2]]
         if slots:
@@ -101,7 +101,8 @@ class MemoryReads(Single):
             )
         )
         axis = Axis(torch.cat(numbers, dim=1), torch.cat([minus, *docs], dim=1))
-        q = call.raw.q
+        q = call.raw.q  # a head may have several scores, each with its own keys
+        q = q if q.shape[1] == self.heads[0] else q.repeat(1, self.heads[0] // q.shape[1], 1, 1)
         seen = keys._replace(k=k.to(q.dtype), v=v.to(q.dtype), axis=axis, aligned=False)
         return attend(q, (seen, Summaries(self.size, self.slots)))
 
@@ -222,4 +223,4 @@ def recurrent_memory_chunked(
         impl = "reference" if own or done.host["impl"] == "reference" else "sdpa"
         done.put("read", MemoryReads(done, (far, near), mem_slots, detach_memory, impl))
 
-    draft.last(complete)
+    draft.very_last(complete)

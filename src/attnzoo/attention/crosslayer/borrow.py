@@ -140,7 +140,7 @@ def share_keys(draft: Draft, source: int) -> None:
         done.put("project", BorrowedKV(done.site, done.dim, *done.shapes()["q"], bias, name, *maps))
 
     # after the hooks of all variants, which may still change shapes and stages
-    draft.last(lambda done: done.last(settled))
+    draft.very_last(settled)
 
 
 def _spec(draft: Draft) -> KVSpec:

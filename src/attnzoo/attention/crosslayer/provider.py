@@ -104,4 +104,4 @@ def provide(draft: Draft, bank: Bank) -> None:
                     "or share other matrices"
                 )
 
-    draft.last(lambda done: done.last(settled))
+    draft.very_last(settled)

@@ -149,4 +149,4 @@ def dynamic_rank(
             )
 
     draft.last(complete)
-    draft.last(lambda done: done.last(settled))
+    draft.very_last(settled)

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnzoo.attention.base import Call, Stage
@@ -48,7 +49,7 @@ class HeadRouter(Stage):
         self.dim, self.routed = draft.dim, draft.o_heads - shared
         learns = router == "linear"
         sizes = {
-            "routed": self.routed if learns and self.routed else 0,
+            "routed": self.routed if learns and self.routed > 1 else 0,
             "shared": shared if learns and shared > 1 else 0,
             "balance": 2 if learns and shared and self.routed else 0,
         }
@@ -63,15 +64,22 @@ class HeadRouter(Stage):
         return o * gate[..., None].to(o.dtype)
 
     def _softmax(self, name: str, x: Tensor) -> Tensor:
-        s = self.scores[name](x)
-        return (s if s.dtype == torch.float64 else s.float()).softmax(-1)
+        """``(B, T, n)``; 1 where there is nothing to weigh.
+
+        In fp32 under autocast too: rounded scores would choose other heads, whose outputs are no near ones.
+        """
+        if name not in self.scores:
+            return torch.ones_like(x[..., :1])
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), self.scores[name].weight.to(wide)).softmax(-1)
 
     def _linear(self, call: Call) -> Tensor:
         """``(B, T, H)``."""
         code, parts = self.form == "code", []
         share = self._softmax("balance", call.x) * (2 if code else 1) if "balance" in self.scores else None
         if self.shared:
-            c = self._softmax("shared", call.x) if self.shared > 1 else call.x.new_ones(*call.x.shape[:2], 1)
+            c = self._softmax("shared", call.x)
             c = c * self.shared if code else c
             parts.append(c if share is None else c * share[..., :1])
         if self.routed:
@@ -146,12 +154,12 @@ def moh(
         raise ValueError(f"aux_weight: must be at least 0, got {aux_weight}")
 
     def complete(done: Draft) -> None:
-        if router == "qnorm":
-            check_queries(done)
         shared, active = head_counts(done.o_heads, shared_heads, active_heads, router, allow_dead)
         done.put("combine", HeadRouter(done, shared, active - shared, router, gate_form, aux_weight))
 
     draft.last(complete)
+    if router == "qnorm":
+        draft.very_last(check_queries)
 
 
 def check_queries(draft: Draft) -> None:

@@ -90,6 +90,7 @@ def check_groups(groups: Sequence[Sequence[int]], global_layers: Sequence[int], 
         layers=3,
     ),
     frames=("own",),
+    branches=("score",),
 )
 def hymba(
     draft: Draft,
@@ -138,10 +139,19 @@ def hymba(
     width, eps = v_expand * draft.head_dim, draft.host["norm_eps"]
     bounded = layer not in everywhere
     draft.v_head_dim = width
+    added = [name for name, *_ in draft.within]
 
     def attention(inner: Draft) -> None:
         inner.v_head_dim = width
         share_keys(inner, source)
+        inner.very_last(norm)
+
+    def norm(inner: Draft) -> None:
+        if (inner.o_heads, inner.v_head_dim) != (H, width):
+            raise ValueError(
+                f"add: two branches of {H} heads, {width} wide, are averaged, got {inner.o_heads} heads, "
+                f"{inner.v_head_dim} wide, with {' and '.join(added)}; leave that out"
+            )
         inner.put("combine", FullNorm(H, width, eps))
 
     if num_kv_heads is None:

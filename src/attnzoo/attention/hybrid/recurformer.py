@@ -76,6 +76,7 @@ def recurrent_set(H: int, G: int, fraction: float, heads: tuple[int, ...] | None
         small={"recurrent_fraction": 0.5, "state_size": 8, "core": "mamba1"},
     ),
     frames=("own",),
+    branches=("score",),
 )
 def recurformer(
     draft: Draft,

@@ -153,8 +153,10 @@ def compress(
             "qk_norm: an RMSNorm of keys undoes their temperature, got true; set unit_norm=false as well"
         )
     if draft.host["head_dim"] is None:
-        draft.head_dim = max(2, draft.dim // (4 * draft.num_heads) * 2)
-        draft.v_head_dim = draft.head_dim
+        width = max(2, draft.dim // (4 * draft.num_heads) * 2)
+        if draft.v_head_dim == draft.head_dim:  # a layer around it may want values of a width of its own
+            draft.v_head_dim = width
+        draft.head_dim = width
 
     def complete(done: Draft) -> None:
         (H, d), (G, _), (v_heads, d_v) = done.shapes().values()

@@ -176,4 +176,4 @@ def mtla(
 
     settle(draft, widths, project)
     draft.put("mask", Static(ChunkEnds(down_rate, near)))
-    draft.last(lambda done: done.last(complete))  # after what the others put last
+    draft.very_last(complete)

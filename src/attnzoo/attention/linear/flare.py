@@ -177,20 +177,20 @@ def flare(
         raise ValueError(f"kv_mlp_depth: must be at least 0, or -1 for a linear map, got {kv_mlp_depth}")
     if attn_scale <= 0:
         raise ValueError(f"attn_scale: must be positive, got {attn_scale}")
-    H, host = draft.num_heads, draft.host
-    if kv_mlp_depth >= 0 and draft.num_kv_heads * draft.head_dim != draft.dim:
-        raise ValueError(
-            f"kv_mlp_depth: a residual MLP keeps the width dim={draft.dim}, got depth {kv_mlp_depth} with "
-            f"{draft.num_kv_heads} heads of {draft.head_dim}; set kv_mlp_depth=-1"
-        )
+    host = draft.host
 
     def complete(done: Draft) -> None:
+        if kv_mlp_depth >= 0 and done.num_kv_heads * done.head_dim != done.dim:
+            raise ValueError(
+                f"kv_mlp_depth: a residual MLP keeps the width dim={done.dim}, got depth {kv_mlp_depth} with "
+                f"{done.num_kv_heads} heads of {done.head_dim}; set kv_mlp_depth=-1"
+            )
         taps = conv_kernel if short_conv else 0
         done.put("project", KeysValues(done, kv_mlp_depth, taps, host["qkv_bias"]))
         if host["pos"] == "rope":
             done.fill("position", lambda: Rope(done.head_dim, host["rope_theta"]))
         done.put("gates", Latents(done, num_latents, attn_scale, done.slots))
-        scan = Scan(H, num_latents, done.v_head_dim, host["chunk_size"], 1.0, Latents.kind)
+        scan = Scan(done.o_heads, num_latents, done.v_head_dim, host["chunk_size"], 1.0, Latents.kind)
         done.put("scan", scan)
 
     draft.last(complete)

@@ -102,12 +102,14 @@ def kv_shift(
         raise ValueError("shift_k: nothing is shifted, got shift_k=false and shift_v=false; set one of them")
     sides = "k" * shift_k + "v" * shift_v
 
-    def complete(done: Draft) -> None:
+    def early(done: Draft) -> None:
         if getattr(done.slots.get("project"), "late", False):
             raise ValueError(
                 "add: the previous token's key and value do not exist before the cache of a latent "
                 "projection, got kv_shift over one; leave kv_shift or the projection out"
             )
+
+    def complete(done: Draft) -> None:
         if done.borrows:  # what is borrowed was shifted by the layer that made it
             return
         shapes = {side: done.shapes()[side] for side in sides}
@@ -116,3 +118,4 @@ def kv_shift(
         done.put("refine", TokenShift(shapes, shift_init))
 
     draft.last(complete)
+    draft.very_last(early)
