@@ -23,6 +23,10 @@ def silu(z: Tensor) -> Tensor:
     return z * sigmoid(z)
 
 
+def gelu(z: Tensor) -> Tensor:
+    return z * (1 + torch.erf(z / math.sqrt(2))) / 2
+
+
 def softplus(z: Tensor) -> Tensor:
     return torch.log1p(z.exp())
 
@@ -90,7 +94,14 @@ def retnet(x: Tensor, w: Weights, o: dict[str, Any]) -> Tensor:
     for h in range(H):
         g = torch.full((len(x),), math.log(1 - 2.0 ** (-5 - h)), dtype=x.dtype)
         y = scanned(rotate(q[h], 10000.0), rotate(k[h], 10000.0), v[h], g, None, q[h].shape[1] ** -0.5)
-        outs.append(rms(y, w.get("gamma_o", 1.0), 1e-5) * silu(gate[h]))
+        if o.get("torchscale_norm"):
+            qh, kh, d = rotate(q[h], 10000.0), rotate(k[h], 10000.0), q[h].shape[1]
+            for t in range(len(x)):
+                row = torch.tensor([(1 - 2.0 ** (-5 - h)) ** (t - j) for j in range(t + 1)], dtype=x.dtype)
+                scores = kh[: t + 1] @ qh[t] * d**-0.5 * row / row.sum().sqrt()
+                y[t] = y[t] / row.sum().sqrt() / scores.sum().abs().clamp(min=1)
+        act = silu if o.get("gate_fn", "silu") == "silu" else gelu
+        outs.append(rms(y, w.get("gamma_o", 1.0), o.get("norm_eps", 1e-5)) * act(gate[h]))
     return torch.cat(outs, dim=1) @ w["W_o"]
 
 

@@ -100,7 +100,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("deltanet", {"use_beta": False, "num_kv_heads": 1}),
     ("deltanet", {"use_beta": False, "allow_neg_eigval": True, "use_short_conv": False}),
     ("retnet", {"norm_affine": True, "expand_v": 1.5}),
-    ("retnet", {"num_kv_heads": 2}),
+    ("retnet", {"num_kv_heads": 2, "gate_fn": "gelu"}),
+    ("retnet", {"torchscale_norm": True, "norm_eps": 0.3}),
+    ("retnet", {"torchscale_norm": True, "norm_eps": 0.3, "num_kv_heads": 2}),
     ("lightning_attention", {}),
     ("lightning_attention", {"layer_idx": 1, "num_layers": 4, "packed": True}),
     ("lightning_attention", {"layer_idx": 3, "num_layers": 4}),
@@ -142,6 +144,31 @@ def test_rwkv7_hands_on_the_values_of_its_first_layer(layer: int) -> None:
     want, values = recurrences.rwkv7(x, w, options, first if layer else None)
     torch.testing.assert_close(mixer(x[None], ctx)[0], want, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(ctx.shared["v_first"][0], first if layer else values, rtol=1e-9, atol=1e-10)
+
+
+def test_retnet_starts_as_the_released_code_if_asked() -> None:
+    """xavier_uniform, gain 2^(-5/2) for each of W_q, W_k, W_v, W_g on its own, 1/2 for W_o."""
+    torch.manual_seed(0)
+    d, mixer = 64, attnzoo.create("retnet", 64, 4, xavier_init=True, expand_v=2)
+    q, k, v = mixer.project.qkv_proj.weight.split([d, d, 2 * d])
+    gate = next(stage for stage in mixer.combine if hasattr(stage, "gate")).gate.weight
+    matrices = [(q, 2**-2.5), (k, 2**-2.5), (v, 2**-2.5), (gate, 2**-2.5), (mixer.out.out_proj.weight, 0.5)]
+    for weight, gain in matrices:
+        bound = gain * (6 / sum(weight.shape)) ** 0.5
+        assert weight.abs().max() <= bound and weight.abs().max() > 0.99 * bound
+    assert mixer.project.qkv_proj.weight.no_reinit
+    assert not attnzoo.create("retnet", 64, 4).project.qkv_proj.weight.detach().std() < 0.015
+
+
+def test_retnet_rescalings_cancel_behind_the_head_norm() -> None:
+    torch.manual_seed(0)
+    plain, scaled = (
+        attnzoo.create("retnet", D, H, norm_eps=eps, torchscale_norm=asked).double()
+        for asked, eps in ((False, 1e-14), (True, 1e-14))
+    )
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 40, D).double()
+    torch.testing.assert_close(scaled(x), plain(x), rtol=1e-6, atol=1e-8)
 
 
 def scan_levels(
