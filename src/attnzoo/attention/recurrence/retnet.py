@@ -10,8 +10,8 @@ Retentive Network: A Successor to Transformer for Large Language Models, arXiv 2
 
 Cached: S (H d_k d_v) in fp32, keys turned; with torchscale_norm also the decayed sum of keys (H d_k). More
 than some 11 heads make paces that no sequence can tell apart from 1; keep heads wide. Our choice: the
-rescalings of the released training code (torchscale_norm) are off, because the head norm cancels them up to its
-eps, and matrices start as everywhere here, N(0, 0.02^2); xavier_init starts them as the released code.
+rescalings of the released training code (torchscale_norm) are off, because the head norm cancels them up to
+its eps, and matrices start as everywhere here, N(0, 0.02^2); xavier_init starts them as the released code.
 """
 
 from __future__ import annotations
