@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.attention.stages.mask import band
 from attnzoo.attention.timeline import Axis
-from attnzoo.ops import Keys, attention, fused, kept
+from attnzoo.ops import Keys, attention, conv, fused, kept
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -51,6 +51,32 @@ def test_split_linear_is_the_layer() -> None:
         draw(2, 5, 6),
         layer.weight,
     )
+
+
+@pytest.mark.parametrize("T", [1, 3, 9])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_causal_convolution(T: int, silu: bool, packed: bool, biased: bool) -> None:
+    """Fewer tokens than taps, too; documents that end after each token, or after a few."""
+    order = torch.stack([torch.arange(T) % 4, torch.arange(T) % 2]) if packed else None
+    leaves = draw(2, T, 5), draw(5, 4, seed=1), draw(5, seed=2)
+    both(
+        lambda z, w, b: conv.causal_conv(z, w, b if biased else None, order, silu) + 0 * b,
+        lambda z, w, b: conv.plain_causal_conv(z, w, b if biased else None, order, silu) + 0 * b,
+        *leaves,
+    )
+
+
+def test_causal_convolution_of_low_precision_is_wide() -> None:
+    z = draw(2, 5, 3, dtype=torch.bfloat16)
+    taps = draw(3, 4, seed=1, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv.causal_conv(z, taps, None, None, True)
+        y.sum().backward()
+    want = conv.plain_causal_conv(z.double(), taps.double(), None, None, True)
+    assert y.dtype == taps.grad.dtype == torch.float32 and z.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.memory import Slot
+from attnzoo.ops import conv
 from attnzoo.ops.fused import rms_norm
 from attnzoo_kernels.launch import choose
 from attnzoo_kernels.short_conv import MAX_TAPS, short_conv
@@ -135,6 +136,8 @@ def causal_conv(
     n, T = taps.shape[1], z.shape[1]
     order = None if call.line.doc is None else call.line.order
     kernel = n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton"
+    if z.is_cpu and call.mem.cache is None and act in (None, F.silu):
+        return conv.causal_conv(z, taps, bias, order, act is F.silu)
     # a kernel needs no zeros before the first token
     both = z if kernel and call.mem.cache is None else call.mem.tail(slot, z, n - 1)
     if kernel:
