@@ -68,7 +68,9 @@ def _check_union(name: str, value: Any, args: tuple) -> Any:
 
 def _title(annotation: Any) -> str:
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "null"}
-    return names.get(annotation, str(annotation))
+    if typing.get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
+    return "a list" if typing.get_origin(annotation) is tuple else names.get(annotation, str(annotation))
 
 
 def _near(value: Any, choices: Iterable[Any]) -> str:

@@ -50,6 +50,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, object]] = [
     ("elitekv", {"rope_pairs_file": "pairs.json"}, "rope_pairs_file", "pairs.json"),
     ("elitekv", {"rope_pairs": "file", "rope_pairs_file": "no-such.json"}, "rope_pairs_file", "no-such.json"),
     ("elitekv", {"rope_pairs": "low", "num_rope_pairs": 0}, "rope_pairs", "low"),
+    ("elitekv", {"rope_pairs": [[0, 1]], "num_rope_pairs": 2}, "rope_pairs", "([0, 1],)"),
+    ("elitekv", {"rope_pairs": [[2]] * 4, "num_rope_pairs": 1}, "rope_pairs", [2]),
+    ("elitekv", {"rope_pairs": "middle"}, "rope_pairs", "middle"),
     ("elitekv", {"rope_theta": 0.0}, "rope_theta", 0.0),
     ("elitekv", {"qkv_bias": True}, "qkv_bias", True),
 ]
@@ -229,6 +232,7 @@ FILES: dict[str, Callable[[int, int, int], list]] = {
     "high": lambda G, r, n: [list(range(r))] * G,
     "low": lambda G, r, n: [list(range(n - r, n))] * G,
     "file": lambda G, r, n: [[(g + 2 * m) % n for m in range(r)] for g in range(G)],
+    "table": lambda G, r, n: [[(g + 3 * m) % n for m in range(r)] for g in range(G)],
 }
 
 
@@ -243,9 +247,13 @@ def test_elitekv_turns_the_pairs_of_each_head_only(source: str, r: int, G: int, 
     if any(len(row) < r for row in pairs):
         pairs = [list(range(r))] * G
     options = {"head_dim": d, "num_kv_heads": G, "num_rope_pairs": r}
+    table = [[row[::-1] for row in pairs]] * 2
+    if source == "table":
+        options |= {"layer_idx": 1, "num_layers": 2} if G == 2 else {}
+        source = table if G == 2 else table[0]
     if source == "file":
         path = tmp_path / "pairs.json"
-        path.write_text(json.dumps([[row[::-1] for row in pairs]] * 2))
+        path.write_text(json.dumps(table))
         options |= {"rope_pairs_file": str(path), "layer_idx": 1, "num_layers": 2}
     mixer, x = build("elitekv", rope_pairs=source, **options), tokens()
     same(mixer(x), torch.stack([elite(row, mixer, pairs, d, G) for row in x]))
@@ -269,3 +277,6 @@ def test_elitekv_refuses_files_that_do_not_fit(tmp_path: Path) -> None:
         path.write_text(json.dumps(table))
         with pytest.raises(ValueError, match=r"^rope_pairs_file"):
             choose_pairs("file", str(path), 2, 2, 4, layer=1)
+        if isinstance(table, list):
+            with pytest.raises(ValueError, match=r"^rope_pairs: "):
+                choose_pairs(tuple(table), None, 2, 2, 4, layer=1)

@@ -143,13 +143,14 @@ def _partial(layer: Layer, count: int, rank: int, strategy: str) -> Target:
     found = rope.partial_rope(layer, rope.choose_pairs(layer, count, strategy), rank)
     queries = [heads_of(W, layer.heads) for W in (found.W_qn, found.W_qe)]
     weights = {
-        "F": found.F,
         "W_uq": side_by_side(torch.cat(queries, dim=-1)),
         "W_dkv": torch.cat([found.W_dkv, found.W_ke], dim=1),
         "W_ukv": found.W_ukv,
         "W_o": found.W_o,
     }
     options = {"num_rope_pairs": count, "kv_rank": rank, "num_kv_heads": layer.kv_heads}
+    if count:
+        options["rope_pairs"] = found.F.tolist()
     return Target("elitekv", layer.options() | options, weights)
 
 

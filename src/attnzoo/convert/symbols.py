@@ -12,7 +12,6 @@ from attnzoo.attention.crosslayer.headshare import Assembled
 from attnzoo.attention.crosslayer.masa import Combination
 from attnzoo.attention.crosslayer.provider import Made
 from attnzoo.attention.factorised.tensorllm import Tucker, TuckerOut
-from attnzoo.attention.latent.elitekv import EliteRope
 from attnzoo.attention.latent.latent import Latent
 from attnzoo.attention.sharing.sqa import TiledQueries
 from attnzoo.attention.stages.out import LinearOut
@@ -74,11 +73,9 @@ def _sizes(mixer: Mixer) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def write(mixer: Mixer, weights: Given) -> None:
-    """Sets every parameter of ``mixer``, and its table of rotary pairs, from weights by symbol."""
+    """Sets every parameter of ``mixer`` from weights by symbol."""
     for stage in mixer.stages():
-        if isinstance(stage, EliteRope):
-            stage.pairs.copy_(weights["F"])
-        elif any(True for _ in stage.parameters()):
+        if any(True for _ in stage.parameters()):
             next(put for kind, put in WRITERS.items() if isinstance(stage, kind))(stage, weights)
 
 

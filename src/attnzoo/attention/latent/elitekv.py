@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,9 @@ class EliteRope(NoPosition):
     def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
         """``z`` ``(B, heads, T, 2r)``; consecutive query heads share a kv head's pairs."""
         work = torch.float64 if z.dtype == torch.float64 else torch.float32
-        name = ("elite", id(self), z.shape[1], work, id(pos))
+        # the line's own positions by name, for compiled code would be bound to an id
+        where = "line" if pos is call.line.pos else id(pos)
+        name = ("elite", id(self), z.shape[1], work, where)
         # kept with what its ids name, so that nothing else can have them
         _, cos, sin = call.line.once(name, lambda: ((self, pos), *self._table(pos, z.shape[1], work)))
         return rotate(z, cos, sin).to(z.dtype)
@@ -69,39 +71,46 @@ class EliteRope(NoPosition):
 
 
 def choose_pairs(
-    source: str, path: str | None, heads: int, r: int, total: int, layer: int
+    source: str | tuple, path: str | None, heads: int, r: int, total: int, layer: int
 ) -> list[list[int]]:
-    """``(G, r)`` ascending pair indices of ``total``.
+    """``(G, r)`` ascending pair indices of ``total``; ``source`` may be the table itself.
 
     Raises:
-        ValueError: a file is missing, or is not ``[G][r]`` or ``[layers][G][r]`` distinct indices in range.
+        ValueError: a file is missing, or a table is not ``[G][r]`` or ``[layers][G][r]`` distinct indices in
+            range.
     """
     if (source == "file") != (path is not None):
         raise ValueError(
             f"rope_pairs_file: goes with rope_pairs=file, got {path!r} with {source!r}; set both"
         )
+    if not isinstance(source, str):
+        return _checked("rope_pairs", source, heads, r, total, layer)
     if source != "file":
         middle = [(2 * m + 1) * total // (2 * r) for m in range(r)]
         found = {"uniform": middle, "high": list(range(r)), "low": list(range(total - r, total))}[source]
         return [found] * heads
     try:
-        given = torch.tensor(json.loads(Path(path).read_text()), device="cpu")
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"rope_pairs_file: must be JSON of equal lists, got {path!r}: {error}") from None
-    if given.dim() == 3 and layer < len(given):
-        given = given[layer]
-    if given.shape != (heads, r) or given.is_floating_point():
+    return _checked("rope_pairs_file", found, heads, r, total, layer)
+
+
+def _checked(field: str, table: Any, heads: int, r: int, total: int, layer: int) -> list[list[int]]:
+    try:
+        rows = [sorted(row) for row in (table if isinstance(table[0][0], int) else table[layer])]
+        fits = len(rows) == heads and all(len(row) == r and set(map(type, row)) == {int} for row in rows)
+    except (TypeError, LookupError):
+        fits = False
+    if not fits:
         raise ValueError(
-            f"rope_pairs_file: needs {heads} lists of num_rope_pairs={r} integers, for one layer or each, "
-            f"got {tuple(given.shape)} in {path!r}"
+            f"{field}: needs {heads} lists of num_rope_pairs={r} integers, for one layer or each, "
+            f"got {table!r}"
         )
-    given = given.sort(dim=1).values
-    for row in given.tolist():
+    for row in rows:
         if len(set(row)) < r or row[0] < 0 or row[-1] >= total:
-            raise ValueError(
-                f"rope_pairs_file: pairs of a head must be distinct, of 0..{total - 1}, got {row}"
-            )
-    return given.tolist()
+            raise ValueError(f"{field}: pairs of a head must be distinct, of 0..{total - 1}, got {row}")
+    return rows
 
 
 @register(
@@ -123,7 +132,7 @@ def elitekv(
     draft: Draft,
     *,
     num_rope_pairs: int | None = None,
-    rope_pairs: Literal["uniform", "high", "low", "file"] = "uniform",
+    rope_pairs: Literal["uniform", "high", "low", "file"] | tuple[Any, ...] = "uniform",
     rope_pairs_file: str | None = None,
     kv_rank: int | None = None,
 ) -> None:
@@ -131,8 +140,9 @@ def elitekv(
 
     Args:
         num_rope_pairs: r of 0..d/2; default max(1, d / 16), 0 with pos=none.
-        rope_pairs: "uniform", "high" or "low" frequencies, the same for all heads, or a "file".
-        rope_pairs_file: JSON of G lists of r pair indices, or one such list per layer.
+        rope_pairs: "uniform", "high" or "low" frequencies, the same for all heads; or G lists of r pair
+            indices, or one such table per layer; or a "file".
+        rope_pairs_file: JSON of such a table.
         kv_rank: d_c of 1..min(D, G (2d - 2r)); default 3/8 G d.
 
     Shape: (B, T, D) -> (B, T, D).
