@@ -174,6 +174,7 @@ def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank:
     mixer = frame.finish(draft)
     mixer.name, mixer.dim, mixer.num_heads, mixer.site = name, dim, num_heads, draft.site
     mixer.gives, mixer.needs, mixer.objective = draft.gives, draft.needs, draft.objective
+    mixer.single_residual = draft.single_residual
     mixer.options = (
         {"add": tuple(e.card.name for e in adds)}
         | host
@@ -231,12 +232,14 @@ def list_variants(pattern: str = "*", family: str | None = None) -> list[str]:
 
 def card(name: str, add: str | Sequence[str] = ()) -> Card:
     """The card of a variant; with ``add``, of a composition, which has the traits that all members have."""
-    own, *others = (_entry(n).card for n in (name, *_names(add)))
+    entries = [_entry(n) for n in (name, *_names(add))]
+    own, *others = every = [e.card for e in entries]
     if not others:
         return own
-    every = (own, *others)
+    fixed = {option for e in entries for option in e.fixed}
     return replace(
         own,
+        defaults={k: v for k, v in own.defaults.items() if k not in fixed},
         traits={trait: all(c.traits[trait] for c in every) for trait in own.traits},
         no_grad={k: v for c in every for k, v in c.no_grad.items()},
         layers=max(c.layers for c in every),

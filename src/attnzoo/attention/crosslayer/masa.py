@@ -7,10 +7,10 @@ Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Lea
     free:  c^P_l is a parameter
 
 Cached: as the host. S = L / 3 atoms of q, k, v halve the attention weights, of q, k, v and o leave a third.
-The paper drops the MLP after training and keeps c. Our choice: one embedding (width ``coef_dim``) per layer;
-one MLP per projection kind for all layers, except for the last bias, which is the layer's own and starts at
-the one-hot of floor(l S / L): layers start tied in blocks, at the usual scale. Coefficients are not decayed:
-together with decayed atoms their product would collapse. Weights are mixed in every forward.
+The paper drops the MLP after training and keeps c; see `fold`. Our choice: one embedding (width ``coef_dim``)
+per layer; one MLP per projection kind for all layers, except for the last bias, which is the layer's own and
+starts at the one-hot of floor(l S / L): layers start tied in blocks, at the usual scale. Coefficients are not
+decayed: together with decayed atoms their product would collapse. Weights are mixed in every forward.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ class Combination(nn.Module):
         self.offset = flag(nn.Parameter(start), decay=False, reinit=False)
 
     def coefficients(self) -> Tensor:
-        """c ``(1, S)``."""
-        return self.offset[None] if self.mlp is None else self.mlp(self.embedding.weight) + self.offset
+        """c ``(1, S)``; the MLP may take most of the offset away, so nothing is rounded before the sum."""
+        if self.mlp is None:
+            return self.offset[None]
+        with torch.autocast(self.offset.device.type, enabled=False):
+            return self.mlp(self.embedding.weight) + self.offset
 
     def forward(self) -> Tensor:
         atoms = self.atoms.weight
@@ -87,6 +90,20 @@ class Combination(nn.Module):
     def weight_flops(self) -> int:
         mlp = 0 if self.mlp is None else sum(w.numel() for w in self.mlp.parameters() if w.dim() == 2)
         return 2 * (self.atoms.weight.numel() + mlp)
+
+
+@torch.no_grad()
+def fold(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the same mixer or model with ``coef_param=free``: its MLPs are dropped, and what they
+    say is kept.
+    """
+    state = module.state_dict()
+    for name, part in module.named_modules():
+        if isinstance(part, Combination):
+            made = tuple(f"{name}.{child}." for child in ("mlp", "embedding"))
+            state = {key: value for key, value in state.items() if not key.startswith(made)}
+            state[f"{name}.offset"] = part.coefficients()[0]
+    return state
 
 
 class Dictionary:
@@ -147,7 +164,8 @@ def masa(
         coef_dim: width of the embedding and the MLP, at least 1.
 
     Shape: (B, T, D) -> (B, T, D).
-    Reduces to: its host with S = L and one-hot coefficients; layers with one weight with S = 1.
+    Reduces to: its host with S = L and one-hot coefficients; layers with one weight with S = 1; "free" with
+        the coefficients that `fold` writes down.
     """
     depth = draft.site.depth
     S = max(1, depth // 3) if num_atoms is None else num_atoms
