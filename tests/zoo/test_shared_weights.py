@@ -10,6 +10,7 @@ import torch
 
 import attnzoo
 from attnzoo.attention.crosslayer.headshare import resolve
+from attnzoo.attention.crosslayer.masa import fold
 from attnzoo.testing.stack import Stack
 from golden import spec_options
 from layered import build_layers, check_layers, close, run, scattered
@@ -75,6 +76,22 @@ def test_masa_reduces_to_independent_and_to_tied_layers() -> None:
     piece.atoms.weight.mul_(2)
     piece.offset.div_(2)
     same(tied[1](x), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", ["qkv", "qkvo"])
+def test_masa_folds_its_coefficients(share: str) -> None:
+    options = TINY | {"layout": "masa", "depth": 3, "num_atoms": 2, "coef_dim": 4, "share": share}
+    model, x = scattered(attnzoo.create_model(**options).double()), torch.randint(0, 20, (2, 7))
+    folded = attnzoo.create_model(**options, coef_param="free").double()
+    folded.load_state_dict(fold(model))
+    same(folded(x), model(x))
+    kept = {name for name, _ in folded.named_parameters()}
+    assert kept < {name for name, _ in model.named_parameters()} and not any("mlp.first" in n for n in kept)
+    mixer = scattered(attnzoo.create("masa", D, H, share=share).double())
+    alone = attnzoo.create("masa", D, H, share=share, coef_param="free").double()
+    alone.load_state_dict(fold(mixer))
+    same(alone(z := tokens()), mixer(z))
 
 
 def test_masa_starts_tied_in_blocks() -> None:

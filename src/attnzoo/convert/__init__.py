@@ -2,5 +2,6 @@
 
 from attnzoo.convert.methods import METHODS, Method, Target
 from attnzoo.convert.model import Report, convert
+from attnzoo.convert.recency import recency_heads
 
-__all__ = ["METHODS", "Method", "Report", "Target", "convert"]
+__all__ = ["METHODS", "Method", "Report", "Target", "convert", "recency_heads"]

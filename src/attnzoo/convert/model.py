@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,13 @@ def convert(
     given = _checked(method, chosen, options)
     if chosen.reads_text and calibration is None:
         raise ValueError(f"calibration: {method} reads activations, got no text; give (N, T) tokens")
-    layers = _layers(model, method, chosen, calibration)
+    layers = layers_of(model, method, chosen.sources, calibration)
+    for i, layer in enumerate(layers):
+        if "b_q" in layer.weights and not chosen.biases:
+            fit = ", ".join(name for name, other in METHODS.items() if other.biases)
+            raise ValueError(
+                f"qkv_bias: {method} makes factors that have no biases, layer {i} has them; use one of {fit}"
+            )
     new = _built(model, layers, chosen.run(layers, **given), (*KEPT, *chosen.keeps))
     report = Report(method, given)
     length = model.config["max_seq_len"]
@@ -103,8 +109,15 @@ def _checked(method: str, chosen: Method, options: Mapping[str, Any]) -> dict[st
     return {n: opts.check(n, options.get(n, p.default), p.annotation) for n, p in table.items()}
 
 
-def _layers(model: LanguageModel, method: str, chosen: Method, calibration: Tensor | None) -> list[Layer]:
-    """The source layers with what they read on the calibration text."""
+def layers_of(
+    model: LanguageModel, method: str, sources: Sequence[str], calibration: Tensor | None
+) -> list[Layer]:
+    """The layers of a model with what they read on the calibration text.
+
+    Raises:
+        ValueError: a layer is of none of the ``sources``, has stages that ``method`` does not know, or has
+            other head counts.
+    """
     seen: dict[int, Tensor] = {}
     hooks = [
         mixer.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[0].double()))
@@ -118,18 +131,12 @@ def _layers(model: LanguageModel, method: str, chosen: Method, calibration: Tens
             hook.remove()
     layers = []
     for i, mixer in enumerate(model.mixers):
-        if mixer.name not in chosen.sources or mixer.options["add"]:
+        if mixer.name not in sources or mixer.options["add"]:
             what = "+".join([mixer.name, *mixer.options["add"]])
             raise ValueError(
-                f"model: {method} converts layers of {', '.join(chosen.sources)}, layer {i} is {what!r}"
+                f"model: {method} converts layers of {', '.join(sources)}, layer {i} is {what!r}"
             )
-        layer = read(mixer, seen.get(i))
-        if "b_q" in layer.weights and not chosen.biases:
-            fit = ", ".join(name for name, other in METHODS.items() if other.biases)
-            raise ValueError(
-                f"qkv_bias: {method} makes factors that have no biases, layer {i} has them; use one of {fit}"
-            )
-        layers.append(layer)
+        layers.append(read(mixer, seen.get(i)))
     counts = [layer.heads for layer in layers]
     if len(set(counts)) > 1:
         raise ValueError(f"num_heads: layers of one number of query heads are converted, got {counts}")
