@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.attention.stages.mask import band
 from attnzoo.attention.timeline import Axis
-from attnzoo.ops import Keys, attention, conv, fused, kept
+from attnzoo.ops import Keys, attention, conv, cumulative, fused, kept
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -77,6 +77,24 @@ def test_causal_convolution_of_low_precision_is_wide() -> None:
     want = conv.plain_causal_conv(z.double(), taps.double(), None, None, True)
     assert y.dtype == taps.grad.dtype == torch.float32 and z.grad.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_log_sum_exps_so_far() -> None:
+    """Values far apart, and stretches of nothing: at the start, in the middle, all along."""
+    both(cumulative.logcumsumexp, cumulative.plain_logcumsumexp, draw(2, 17, 3))
+    z = 300 * draw(3, 17, 2).detach()
+    z[0, :4], z[1], z[2, 5:9] = -torch.inf, -torch.inf, -torch.inf
+    found = []
+    for run in (
+        cumulative.logcumsumexp,
+        lambda z: torch.stack([z[:, : t + 1].logsumexp(1) for t in range(17)], 1),
+    ):
+        leaf = z.clone().requires_grad_()
+        y = run(leaf)
+        some = y.isfinite()
+        found.append((y, torch.autograd.grad(y[some].sin().sum(), leaf)[0][some]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention.base import Call
+from attnzoo.ops.cumulative import logcumsumexp
 
 
 def running_sum(z: Tensor, call: Call, slot: str) -> Tensor:
@@ -76,7 +77,7 @@ def running_max(z: Tensor, call: Call, slot: str) -> Tensor:
 
 def running_logsumexp(z: Tensor, call: Call, slot: str) -> Tensor:
     """``log sum_(j <= t) exp z_j``. The slot holds the value so far, -inf before the first token."""
-    return _running(z, call, slot, torch.logaddexp, lambda z: z.logcumsumexp(1))
+    return _running(z, call, slot, torch.logaddexp, logcumsumexp)
 
 
 def before(z: Tensor, running: Tensor, call: Call, start: Tensor | None) -> Tensor:
