@@ -101,6 +101,28 @@ def test_spectformer_layers() -> None:
     same(plain(x), mha(x))
 
 
+def test_spectformer_blocks_with_a_single_residual() -> None:
+    """The published block: filter, then MLP, and one residual around both; the other layers keep two."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "dim": D, "depth": 2, "num_heads": H, "alpha": 1, "filter_len": 8}
+    model = attnzoo.create_model("spectformer", spectral_single_residual=True, **sizes).double()
+    first, second = model.blocks
+    assert (first.mixer.single_residual, second.mixer.single_residual) == (True, False)
+    with torch.no_grad():
+        first.mixer.core.W_hat.normal_()
+    ids = torch.randint(9, (2, T))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.extend((args[0], out)))
+    model(ids)
+    h, out = seen[:2]
+    want = h + first.mlp(first.mlp_norm(first.mixer(first.mixer_norm(h))))
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-12)
+    middle = out + second.mixer(second.mixer_norm(out))
+    torch.testing.assert_close(seen[3], middle + second.mlp(second.mlp_norm(middle)), rtol=1e-10, atol=1e-12)
+    assert not attnzoo.create_model("spectformer", **sizes).blocks[0].mixer.single_residual
+
+
 def test_spectformer_with_one_tap_is_the_identity() -> None:
     mixer, x = build("spectformer", filter_len=8), tokens()
     mixer.core.W_hat.copy_(torch.tensor([1.0, 0.0]).expand_as(mixer.core.W_hat))
@@ -111,11 +133,11 @@ def test_sequences_beyond_the_filter_or_the_table_are_refused() -> None:
     for name in ("spectformer", "mega"):
         mixer = build(name, max_seq_len=12)
         mixer(tokens(2, 12, D))
-        with pytest.raises(ValueError, match=r"max_seq_len: .*12.*13"):
+        with pytest.raises(ValueError, match=r"max_seq_len: .*13 tokens.*room for 12"):
             mixer(tokens(2, 13, D))
         cache = mixer.new_cache(2, 40)
         mixer(tokens(2, 12, D), cache=cache)
-        with pytest.raises(ValueError, match=r"max_seq_len: .*12.*13"):
+        with pytest.raises(ValueError, match=r"max_seq_len: .*13 tokens.*room for 12"):
             mixer(tokens(2, 1, D), cache=cache)
         ids = torch.arange(20).expand(2, -1) // 10 + 1
         mixer(tokens(2, 20, D), Context(segment_ids=ids))  # each document fits

@@ -16,9 +16,15 @@ from zoo.test_hybrid import affine, build, norm, silu
 
 
 def average(ema: Any, x: Tensor) -> Tensor:
-    """The moving average as its recurrence, ``(T, D)``."""
+    """The moving average as its recurrence, or, truncated, as its sum over lags, ``(T, D)``."""
     p = torch.sigmoid(ema.delta)
     q, h, outs = 1 - p * torch.sigmoid(ema.alpha), torch.zeros_like(p), []
+    if ema.truncation:
+        for t, row in enumerate(x):
+            lags = range(min(ema.truncation, t + 1))
+            h = sum(q**m * p * ema.beta * x[t - m][:, None] for m in lags)
+            outs.append((ema.gamma * h).sum(1) / math.sqrt(ema.states) + ema.omega * row)
+        return torch.stack(outs)
     for row in x:
         h = q * h + p * ema.beta * row[:, None]
         outs.append((ema.gamma * h).sum(1) / math.sqrt(ema.states) + ema.omega * row)
@@ -72,6 +78,27 @@ def test_mega_by_its_equations(act: str, bias: str, chunk: int | None) -> None:
     mixer, x, stream = build("mega", **options), tokens(2, 13, D), tokens(2, 13, D)
     want = [mega(mixer, a, b, act, chunk, chunk or 20) for a, b in zip(x, stream, strict=True)]
     torch.testing.assert_close(mixer(x, Context(residual=stream)), torch.stack(want), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("truncation", [1, 5, 40])
+def test_mega_truncated_average(truncation: int) -> None:
+    mixer = build("mega", ema_dim=3, max_seq_len=40, truncation=truncation)
+    x, whole = tokens(2, 37, D), build("mega", ema_dim=3, max_seq_len=40)
+    want = torch.stack([mega(mixer, row, row, "softmax", None, 40) for row in x])
+    torch.testing.assert_close(mixer(x), want, rtol=1e-8, atol=1e-9)
+    whole.load_state_dict(mixer.state_dict())
+    gap = (whole(x) - want).abs().amax((0, 2))
+    assert (gap[:truncation] < 1e-12).all() and (truncation >= 37 or (gap[truncation:] > 1e-6).all())
+    ids = torch.tensor([[1] * 9 + [2] * 28, [3] * 30 + [0] * 7])
+    packed, cache, parts = mixer(x, Context(segment_ids=ids)), mixer.new_cache(2, 37), []
+    torch.testing.assert_close(packed[0, 9:], mixer(x[:1, 9:])[0], rtol=1e-8, atol=1e-9)
+    for part, own in zip(x.split([4, 1, 1, 20, 11], dim=1), ids.split([4, 1, 1, 20, 11], dim=1), strict=True):
+        parts.append(mixer(part, Context(segment_ids=own), cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), packed, rtol=1e-8, atol=1e-9)
+    lockstep, cache = [], mixer.new_cache(2, 37)
+    for part in x.split([4, 1, 1, 20, 11], dim=1):
+        lockstep.append(mixer(part, cache=cache))
+    torch.testing.assert_close(torch.cat(lockstep, dim=1), want, rtol=1e-8, atol=1e-9)
 
 
 def test_mega_chunk_as_long_as_the_sequence_is_none() -> None:

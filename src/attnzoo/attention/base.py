@@ -219,11 +219,13 @@ class Mixer(nn.Module):
         gives, needs: what it leaves in `Context.shared` for later layers and reads there from earlier ones,
             each with what both sides must agree on.
         objective: how it must be trained and sampled, where that is not by the next token.
+        single_residual: whether a block has one residual around mixer and MLP together, none between them.
         after: stages on the output, each called as ``stage(y, call)``.
     """
 
     name: str = ""
     objective: BlockDiffusion | None = None
+    single_residual: bool = False
     options: dict[str, object]
     dim: int
     num_heads: int

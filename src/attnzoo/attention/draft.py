@@ -40,7 +40,7 @@ class Draft:
         project_width: q/k width out of the projection where a feature map changes it (0 = head_dim).
         qk_width: width of a whole q/k head.
         hooks: what variants do once all of them have spoken: stages that need the final shapes, checks.
-        gives, needs, objective: see `Mixer`.
+        gives, needs, objective, single_residual: see `Mixer`.
         borrows: keys and values are another layer's; refine stages change queries only.
         within: added variants (name, frames, change) that fit a branch of this mixer, not its own frame.
         lends: the name under which later layers find this layer's keys ("" = they do not).
@@ -69,6 +69,7 @@ class Draft:
     borrows: bool = False
     within: list[tuple[str, tuple[str, ...], Callable[[Draft], None]]] = field(default_factory=list)
     objective: BlockDiffusion | None = None
+    single_residual: bool = False
     lends: str = ""
 
     @property

@@ -51,7 +51,9 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """``h + mixer(norm(h))``, then ``h + mlp(norm(h))``."""
+    """``h + mixer(norm(h))``, then ``h + mlp(norm(h))``; where the mixer asks for a single residual,
+    ``h + mlp(norm(mixer(norm(h))))``.
+    """
 
     def __init__(self, mixer: Mixer, dim: int, hidden: int, eps: float) -> None:
         super().__init__()
@@ -59,7 +61,10 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(dim, eps), SwiGLU(dim, hidden, mixer.site.out_std)
 
     def forward(self, h: Tensor, ctx: Context, line: Timeline, cache: Cache | None = None) -> Tensor:
-        h = h + self.mixer(self.mixer_norm(h), ctx.at(h, line), cache)
+        y = self.mixer(self.mixer_norm(h), ctx.at(h, line), cache)
+        if self.mixer.single_residual:
+            return h + self.mlp(self.mlp_norm(y))
+        h = h + y
         return h + self.mlp(self.mlp_norm(h))
 
 

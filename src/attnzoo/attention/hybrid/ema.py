@@ -1,8 +1,8 @@
 """The damped multi-dimensional moving average of Mega (arXiv 2209.10655), as a convolution or a recurrence.
 
-    p = sigmoid(delta), q = 1 - p sigmoid(alpha)                       (D, N) each
-    h_t = q h_(t-1) + p beta x_t,   y_t = sum_n gamma_n h_(t,n) / sqrt(N) + omega x_t
-    y = x * K + omega x,   K_m = sum_n gamma_n p_n beta_n q_n^m / sqrt(N)
+p = sigmoid(delta), q = 1 - p sigmoid(alpha)                       (D, N) each
+h_t = q h_(t-1) + p beta x_t,   y_t = sum_n gamma_n h_(t,n) / sqrt(N) + omega x_t
+y = x * K + omega x,   K_m = sum_n gamma_n p_n beta_n q_n^m / sqrt(N)
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, flag
-from attnzoo.attention.stages.long_conv import long_conv, long_conv_elementwise, long_conv_flops
+from attnzoo.attention.memory import Slot
+from attnzoo.attention.stages.long_conv import (
+    carried_conv,
+    long_conv,
+    long_conv_elementwise,
+    long_conv_flops,
+)
 from attnzoo.cost import Work
 
 
 class DampedAverage(nn.Module):
-    """See the module. Its state ``h`` ``(D, N)`` is the calling stage's slot.
+    """See the module. Its memory, the state ``h`` ``(D, N)``, or, of a truncated average, the inputs it still
+    reaches, is the calling stage's.
 
     Args:
-        dim: channels D. states: N per channel.
+        dim: channels D. states: N per channel. truncation: lags of the kernel; None = all.
     """
 
-    def __init__(self, dim: int, states: int) -> None:
+    def __init__(self, dim: int, states: int, truncation: int | None = None) -> None:
         super().__init__()
-        self.dim, self.states = dim, states
+        self.dim, self.states, self.truncation = dim, states, truncation
         sign = torch.ones(states)
         sign[1::2] = -1
         start = {
@@ -43,16 +50,19 @@ class DampedAverage(nn.Module):
         """x ``(B, T, D)`` -> the same shape."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            z, T, held = x.to(wide), x.shape[1], call.mem.state("h")
+            z, T = x.to(wide), x.shape[1]
+            held = None if self.truncation is not None else call.mem.state("h")
             delta, alpha, beta, gamma = (p.to(wide) for p in (self.delta, self.alpha, self.beta, self.gamma))
             rate = delta.sigmoid()
             keep, write, read = 1 - rate * alpha.sigmoid(), rate * beta, gamma * self.states**-0.5
-            if T == 1 and held is not None:
+            if self.truncation is not None:
+                lags = self.truncation if call.mem.cache is not None else min(self.truncation, T)
+                y = carried_conv(z, _taps(read * write, _powers(keep, lags)), call, "ema")
+            elif T == 1 and held is not None:
                 y = self._step(z, keep, write, read, call)
             else:
                 powers = _powers(keep, T)
-                taps = ((read * write)[..., None] * powers).sum(1).T
-                y = long_conv(z, taps, call.line.doc)
+                y = long_conv(z, _taps(read * write, powers), call.line.doc)
                 if held is not None:
                     y = y + self._onward(z, keep, write, read, powers, call)
             return (y + self.omega.to(wide) * z).to(x.dtype)
@@ -89,6 +99,11 @@ class DampedAverage(nn.Module):
         call.mem.put("h", new)
         return more * on[..., None]
 
+    def memory(self) -> dict[str, Slot]:
+        if self.truncation is None:
+            return {"h": Slot("state", (self.dim, self.states))}
+        return {"ema": Slot("tail", (self.truncation - 1, self.dim))} if self.truncation > 1 else {}
+
     def work(self, length: int) -> Iterable[Work]:
         """Matmul-like work without a cache."""
         needed, executed = long_conv_flops(length, self.dim)
@@ -96,7 +111,12 @@ class DampedAverage(nn.Module):
 
     def elementwise(self) -> dict[str, float]:
         """Its Fourier transforms at the length of 2048, and the direct terms."""
-        return {"moving average": self.dim * (2 + long_conv_elementwise(2048, 2048))}
+        return {"moving average": self.dim * (2 + long_conv_elementwise(2048, self.truncation or 2048))}
+
+
+def _taps(weights: Tensor, powers: Tensor) -> Tensor:
+    """``(n, D)`` the kernel K from gamma p beta / sqrt(N) and the powers of q."""
+    return (weights[..., None] * powers).sum(1).T
 
 
 def _powers(base: Tensor, count: int) -> Tensor:

@@ -10,9 +10,10 @@ Mega: Moving Average Equipped Gated Attention, arXiv 2209.10655.
     relu2: relu(q k / n_t + b)^2;   n_t visible keys
     y = u * (silu(c + ((A v) * r) W_h) - residual)
 
-Cached: h (D N) in fp32; k and v (Z + E per token), of the current chunk only where ``attn_chunk`` is set. Our
-choice: the EMA is a convolution by its own kernel, which is exact at documents and never truncated; x is what
-the block hands over, so that LayerNorm follows its norm.
+Cached: h (D N) in fp32; k and v (Z + E per token), of the current chunk only where ``attn_chunk`` is set.
+Our choice: the EMA is a convolution by its own kernel, which is exact at documents; ``truncation`` cuts the
+kernel when decoding too, where the released code goes on by the recurrence, and keeps that many inputs in
+place of h; x is what the block hands over, so that LayerNorm follows its norm.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ class GatedHead(Core):
     """EMA, one head of attention, its reset gate; what the output needs lies in ``call.notes``.
 
     Args:
-        sizes: Z, E, N. act: of the scores. chunk: tokens attention reaches; None = all.
+        sizes: Z, E. ema: the average. act: of the scores. chunk: tokens attention reaches; None = all.
         bias: the relative bias. limit: positions it knows; None = all. eps: of the LayerNorm.
     """
 
     def __init__(
         self,
         draft: Draft,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int],
+        ema: DampedAverage,
         act: str,
         chunk: int | None,
         bias: nn.Module,
@@ -56,11 +58,11 @@ class GatedHead(Core):
         eps: float,
     ) -> None:
         super().__init__()
-        self.dim, (self.z_dim, self.h_dim, states) = draft.dim, sizes
+        self.dim, (self.z_dim, self.h_dim) = draft.dim, sizes
         self.act, self.chunk, self.bias, self.limit, self.eps = act, chunk, bias, limit, eps
         self.ln_gain = flag(nn.Parameter(torch.ones(draft.dim)), decay=False)
         self.ln_bias = flag(nn.Parameter(torch.zeros(draft.dim)), decay=False)
-        self.ema = DampedAverage(draft.dim, states)
+        self.ema = ema
         self.parts = [draft.dim, self.z_dim, self.h_dim, draft.dim]
         self.value = draft.linear("value", draft.dim, self.h_dim, bias=True)
         site = draft.site
@@ -71,7 +73,8 @@ class GatedHead(Core):
 
     def forward(self, call: Call) -> Tensor:
         """``(B, T, 1, E)``: what attention reads, under the reset gate."""
-        self._check(call)
+        if self.limit is not None:  # the table has a place for every distance
+            call.line.place(self.limit, "max_seq_len")
         normed = F.layer_norm(call.x, call.x.shape[-1:], self.ln_gain, self.ln_bias, self.eps)
         v = F.silu(self.value(normed))
         u, z, r, call.notes["candidate"] = self.mixed(F.silu(self.ema(normed, call))).split(self.parts, -1)
@@ -121,18 +124,6 @@ class GatedHead(Core):
     def _plain(self) -> bool:
         return self.act == "softmax" and self.bias.appended > 0
 
-    def _check(self, call: Call) -> None:
-        """The table has a place for every distance."""
-        if self.limit is None:
-            return
-        line = call.line
-        last = line.past + line.length if line.doc is None else int(line.order.max()) + 1
-        if last > self.limit:
-            raise ValueError(
-                f"max_seq_len: the table of relative positions ends at {self.limit}, got {last} tokens; "
-                "raise max_seq_len, or set rel_pos_bias=rotary or attn_chunk"
-            )
-
     def choose(self, asked: str) -> Choices:
         if asked == "auto":
             plain = self._plain
@@ -146,7 +137,7 @@ class GatedHead(Core):
 
     def memory(self) -> dict[str, Slot]:
         rows = {"k": Slot("rows", (1, self.z_dim)), "v": Slot("rows", (1, self.h_dim))}
-        return rows | {"h": Slot("state", (self.dim, self.ema.states))}
+        return rows | self.ema.memory()
 
     def retain(self) -> Retain | None:
         return Retain(0, self.chunk) if self.chunk else None
@@ -221,6 +212,7 @@ def mega(
     attn_act: Literal["softmax", "laplace", "relu2"] = "softmax",
     rel_pos_bias: Literal["simple", "rotary"] = "simple",
     attn_chunk: int | None = None,
+    truncation: int | None = None,
 ) -> None:
     """Sets core and output.
 
@@ -230,13 +222,15 @@ def mega(
         attn_act: softmax (language), laplace or relu2.
         rel_pos_bias: a table, which ends at max_seq_len (or attn_chunk), or two rotated vectors.
         attn_chunk: attention inside fixed chunks of the document only; default all of the past.
+        truncation: lags of the average that count, at least 1; default all (released: 8192).
 
     Shape: (B, T, D) -> (B, T, D). There is one head whatever num_heads says.
     Reduces to: the stream itself where u = 0; attn_chunk >= T to none; a plain moving average (no damping).
     """
     Z = max(2, draft.dim // 8 * 2) if z_dim is None else z_dim
     E = 2 * draft.dim if h_dim is None else h_dim
-    for name, value in (("z_dim", Z), ("h_dim", E), ("ema_dim", ema_dim), ("attn_chunk", attn_chunk)):
+    sizes = {"z_dim": Z, "h_dim": E, "ema_dim": ema_dim, "attn_chunk": attn_chunk, "truncation": truncation}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
     limit = None
@@ -245,7 +239,8 @@ def mega(
     else:
         limit = None if attn_chunk else draft.site.max_len
         bias = TableBias(attn_chunk or draft.site.max_len)
-    core = GatedHead(draft, (Z, E, ema_dim), attn_act, attn_chunk, bias, limit, draft.host["norm_eps"])
+    ema, eps = DampedAverage(draft.dim, ema_dim, truncation), draft.host["norm_eps"]
+    core = GatedHead(draft, (Z, E), ema, attn_act, attn_chunk, bias, limit, eps)
     draft.o_heads, draft.v_head_dim = 1, E
     draft.put("core", core)
     draft.put("out", Update(draft, E))

@@ -9,7 +9,8 @@ SpectFormer: Frequency and Attention is what you need in a Vision Transformer, a
 Cached: the last L_f - 1 inputs of a spectral layer, k and v of the others. Our choice: the published filter
 is circular, so every token would read every later one; this is the linear convolution with the same filter,
 cut at documents. alpha is a third of the depth, at least 1 (published: 4 of 12). At the start the filter's
-gain is about 0.03; the published block has no residual around the filter.
+gain is about 0.03, so that the branch is all but silent; the published block, which spectral_single_residual
+brings back, has one residual around filter and MLP: ``x + MLP(LN(filter(LN(x))))``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from attnzoo.attention.base import Call, Site, flag
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
-from attnzoo.attention.stages.long_conv import long_conv, long_conv_elementwise, long_conv_flops
+from attnzoo.attention.stages.long_conv import carried_conv, long_conv_elementwise, long_conv_flops
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -49,40 +50,10 @@ class Filter(Core):
         return torch.fft.irfft(torch.view_as_complex(wide.contiguous()), self.points, dim=0)[: self.taps]
 
     def forward(self, call: Call) -> Tensor:
-        self._check(call)
-        x, line, kernel = call.x, call.line, self.kernel()
-        if call.mem.cache is None or self.taps == 1:
-            y = long_conv(x, kernel, line.doc)
-        else:
-            y = self._onward(call, kernel)
-        return y.to(x.dtype).unflatten(-1, (self.heads, -1))
-
-    def _onward(self, call: Call, kernel: Tensor) -> Tensor:
-        """The outputs of this forward's tokens, from the cached inputs on."""
-        line, T = call.line, call.x.shape[1]
-        both = call.mem.tail("x", call.x, self.taps - 1)
-        if T == 1:
-            reach = torch.arange(self.taps - 1, -1, -1, device=both.device)
-            seen = (line.order >= reach)[..., None].to(kernel.dtype)  # (B or 1, L_f, 1)
-            return (both.to(kernel.dtype) * seen * kernel.flip(0)).sum(1, keepdim=True)
-        if line.doc is None:
-            return long_conv(both, kernel, None)[:, self.taps - 1 :]
-        # cached inputs are of run 0 as far as its document goes back
-        held = (line.clock.used - line.clock.start)[:, None]
-        reach = torch.arange(self.taps - 1, 0, -1, device=both.device)
-        doc = torch.cat([torch.where(reach <= held, 0, -1), line.doc], dim=1)
-        return long_conv(both, kernel, doc)[:, self.taps - 1 :]
-
-    def _check(self, call: Call) -> None:
-        if self.limit is None:
-            return
-        line = call.line
-        last = line.past + line.length if line.doc is None else int(line.order.max()) + 1
-        if last > self.limit:
-            raise ValueError(
-                f"max_seq_len: the filter is {self.limit} tokens long, got a sequence of {last}; "
-                "raise max_seq_len or set filter_len"
-            )
+        if self.limit is not None:
+            call.line.place(self.limit, "max_seq_len")
+        y = carried_conv(call.x, self.kernel(), call, "x")
+        return y.to(call.x.dtype).unflatten(-1, (self.heads, -1))
 
     def memory(self) -> dict[str, Slot]:
         return {"x": Slot("tail", (self.taps - 1, self.dim))} if self.taps > 1 else {}
@@ -115,7 +86,7 @@ def _choose(site: Site, *, alpha: int | None, **_: object) -> str:
         cached="the last L_f - 1 inputs of a spectral layer; k, v of the others",
         adapted="the paper's filter is circular over the sequence; here a causal convolution with its kernel",
         claims=("ImageNet-1k: 84.25 % (S), 85.7 % (L); 2 % above GFNet-H and LiT",),
-        small={"filter_len": 6, "alpha": 1},
+        small={"filter_len": 6, "alpha": 1, "spectral_single_residual": True},
         layers=2,
     ),
     frames=("own", "score"),
@@ -128,6 +99,7 @@ def spectformer(
     filter_len: int | None = None,
     n_f: int | None = None,
     init_std: float = 0.02,
+    spectral_single_residual: bool = False,
 ) -> None:
     """Sets the core of spectral layers; the others are the score frame as it is.
 
@@ -135,6 +107,7 @@ def spectformer(
         alpha: spectral layers, the first ones; 0 = none; default a third of num_layers, at least 1.
         filter_len: L_f, at most max_seq_len; default max_seq_len, and then longer sequences are refused.
         n_f: points of the spectrum, at least L_f; default 2 L_f. init_std: of the spectrum, positive.
+        spectral_single_residual: blocks of spectral layers have no residual between filter and MLP.
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: mha with alpha=0; x itself where the filter's taps are (1, 0, 0, ...).
@@ -156,3 +129,4 @@ def spectformer(
         raise ValueError("out_bias: spectral layers have no output projection, got true; leave it out")
     draft.put("core", Filter(draft, taps, points, init_std, taps if taps == T_max else None))
     draft.put("out", Flat())
+    draft.single_residual = spectral_single_residual

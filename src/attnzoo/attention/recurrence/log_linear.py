@@ -67,7 +67,7 @@ class LevelScan(Stage):
         return same("reference", "chunked scan by levels in torch matmuls")
 
     def forward(self, terms: Terms, call: Call) -> Tensor:
-        self._check_length(call)
+        call.line.place(self.max_len, "max_seq_len")
         raw = wide(self.weights(call.x)).unflatten(-1, (self.shape[0], self.levels))
         lam = F.softplus(self.Lambda.to(raw.dtype) * raw)
         states = call.mem.state("levels")
@@ -76,16 +76,6 @@ class LevelScan(Stage):
         if states is not None:
             call.mem.put("levels", states)
         return o
-
-    def _check_length(self, call: Call) -> None:
-        line = call.line
-        longest = line.past + line.length
-        if longest > self.max_len and line.doc is not None:
-            longest = int(line.blank(line.order[..., None]).max()) + 1
-        if longest > self.max_len:
-            raise ValueError(
-                f"max_seq_len: {self.max_len} tokens of a document have levels, got {longest}; raise it"
-            )
 
     def work(self, length: int) -> Iterable[Work]:
         heads, K, V = self.shape

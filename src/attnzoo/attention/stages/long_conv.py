@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from attnzoo.attention.base import Call
 from attnzoo_kernels.rows import LEAST_RECOMPUTED
 
 BASE = 32  # tokens per block inside which a matrix product beats the transform
@@ -39,6 +40,27 @@ def long_conv(z: Tensor, taps: Tensor, doc: Tensor | None) -> Tensor:
         else:
             y = _conv(z, taps, doc)
         return y.permute(1, 2, 0)
+
+
+def carried_conv(x: Tensor, kernel: Tensor, call: Call, slot: str) -> Tensor:
+    """`long_conv` of ``x`` ``(B, T, C)`` on from the cache, which keeps the inputs that ``kernel`` ``(n, C)``
+    still reaches in the tail ``slot`` of n - 1 rows.
+    """
+    line, back = call.line, len(kernel) - 1
+    if call.mem.cache is None or back == 0:
+        return long_conv(x, kernel, line.doc)
+    both = call.mem.tail(slot, x, back)
+    if x.shape[1] == 1:
+        reach = torch.arange(back, -1, -1, device=both.device)
+        seen = (line.order >= reach)[..., None].to(kernel.dtype)  # (B or 1, n, 1)
+        return (both.to(kernel.dtype) * seen * kernel.flip(0)).sum(1, keepdim=True)
+    if line.doc is None:
+        return long_conv(both, kernel, None)[:, back:]
+    # cached inputs are of run 0 as far as its document goes back
+    held = (line.clock.used - line.clock.start)[:, None]
+    reach = torch.arange(back, 0, -1, device=both.device)
+    doc = torch.cat([torch.where(reach <= held, 0, -1), line.doc], dim=1)
+    return long_conv(both, kernel, doc)[:, back:]
 
 
 def long_conv_flops(T: int, channels: int) -> tuple[int, int]:
