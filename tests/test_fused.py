@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.attention.stages.mask import band
 from attnzoo.attention.timeline import Axis
-from attnzoo.ops import Keys, attention, conv, cumulative, fused, kept
+from attnzoo.ops import Keys, attention, conv, cumulative, fused, kept, unit_heads, wedge
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -95,6 +95,25 @@ def test_log_sum_exps_so_far() -> None:
         found.append((y, torch.autograd.grad(y[some].sin().sum(), leaf)[0][some]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_planes() -> None:
+    for r in (1, 2, 5):
+        both(wedge.wedge, wedge.plain_wedge, draw(2, 3, r), draw(2, 3, r, seed=1))
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_heads_of_unit_length(squash: bool) -> None:
+    s, gain = draw(2, 3, 4, 5), draw(3, seed=1)
+    both(
+        lambda s, gain: unit_heads.unit_heads(s, gain, 1e-3, squash),
+        lambda s, gain: unit_heads.plain_unit_heads(s, gain, 1e-3, squash),
+        s,
+        gain,
+    )
+    zero = torch.zeros_like(s).requires_grad_()
+    y = unit_heads.unit_heads(zero, gain, 1e-3, squash)
+    assert torch.equal(torch.autograd.grad(y.sum(), zero)[0], gain[:, None, None].expand_as(s) / 1e-3)
 
 
 def test_gradients_by_finite_differences() -> None:

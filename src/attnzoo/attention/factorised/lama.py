@@ -28,6 +28,7 @@ from attnzoo.attention.score import Early, ScoreStage
 from attnzoo.attention.stages.running import count, running_sum
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
+from attnzoo.ops.unit_heads import unit_heads
 from attnzoo.registry import Card, register
 
 
@@ -81,10 +82,11 @@ class Affinity(ScoreStage):
     def forward(self, q: Tensor, geo: Geo) -> Tensor:
         a = self.dot(q, geo)
         a = a if a.dtype == torch.float64 else a.float()
+        if self.norm:
+            gain = a.new_ones(self.heads) if self.log_lambda is None else self.log_lambda.exp().to(a.dtype)
+            return unit_heads(a, gain, self.eps, self.squash)
         if self.squash:
             a = a.tanh()
-        if self.norm:
-            a = a / (torch.linalg.vector_norm(a, dim=1, keepdim=True) + self.eps)
         return a if self.log_lambda is None else a * self.log_lambda.exp().to(a.dtype)[:, None, None]
 
     def elementwise(self) -> dict[str, float]:

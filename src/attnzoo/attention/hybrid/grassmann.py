@@ -20,15 +20,14 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
 from attnzoo.cost import Work
+from attnzoo.ops.wedge import wedge
 from attnzoo.registry import Card, register
-from attnzoo_kernels.rows import LEAST_RECOMPUTED
 
 
 class Planes(Core):
@@ -48,32 +47,31 @@ class Planes(Core):
 
     def forward(self, call: Call) -> Tensor:
         z = self.reduce(call.x)
-        back, order = max(self.lags), call.line.order
-        both = call.mem.tail("z", z, back)
-        if torch.is_grad_enabled() and z.shape[1] >= LEAST_RECOMPUTED:
-            # the planes are much wider than z, and cheap to make again
-            mean = checkpoint(self._mean, both, order, use_reentrant=False)
-        else:
-            mean = self._mean(both, order)
+        order = call.line.order
+        g = self.plane(self._mean(call.mem.tail("z", z, max(self.lags)), order).to(z.dtype))
         some = (order >= min(self.lags))[..., None]
-        g = self.plane(mean.to(z.dtype))
         g = torch.where(some, g, torch.zeros((), dtype=g.dtype, device=g.device))
-        a = torch.sigmoid(self.blend(torch.cat([call.x.to(g.dtype), g], dim=-1)))
-        return (a * call.x + (1 - a) * g).unflatten(-1, (self.heads, -1))
+        x = call.x
+        a = torch.sigmoid(self.blend(torch.cat([x.to(g.dtype), g], dim=-1)))
+        return torch.lerp(g.to(x.dtype), x, a.to(x.dtype)).unflatten(-1, (self.heads, -1))
 
     def _mean(self, both: Tensor, order: Tensor) -> Tensor:
-        """``(B, T, r (r - 1) / 2)`` mean of unit planes; both ``(B, max lag + T, r)``."""
+        """``(B, T, r (r - 1) / 2)`` mean of unit planes; both ``(B, max lag + T, r)``.
+
+        Planes with one token are linear in the other, so the mean of all is one plane: that with the earlier
+        tokens' sum, each over its own plane's size ``|z| |part of the other across z|``.
+        """
         both = both if both.dtype == torch.float64 else both.float()
-        i, j = torch.triu_indices(self.rank, self.rank, 1, device=both.device)
         back, T = max(self.lags), order.shape[1]
-        now, total = both[:, back:], 0.0
-        count = sum((order >= lag).to(both.dtype) for lag in self.lags).clamp(min=1)
-        for lag in self.lags:
-            then = both[:, back - lag : back - lag + T]
-            p = now[..., i] * then[..., j] - now[..., j] * then[..., i]
-            size = torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp(min=1e-6)
-            total = total + p / size * (order >= lag)[..., None]
-        return total / count[..., None]
+        now = both[:, back:]
+        then = torch.stack([both[:, back - lag : back - lag + T] for lag in self.lags], dim=2)
+        length = torch.linalg.vector_norm(now, dim=-1, keepdim=True)
+        unit = (now / length.clamp(min=1e-18))[:, :, None]
+        across = then - (then * unit).sum(-1, keepdim=True) * unit
+        size = (length * torch.linalg.vector_norm(across, dim=-1)).clamp(min=1e-6)  # (B, T, lags)
+        inside = order[..., None] >= torch.tensor(self.lags, device=order.device)
+        share = inside / (size * inside.sum(-1, keepdim=True).clamp(min=1))
+        return wedge(now, (share[..., None] * then).sum(2))
 
     def memory(self) -> dict[str, Slot]:
         return {"z": Slot("tail", (max(self.lags), self.rank))}
@@ -86,7 +84,7 @@ class Planes(Core):
         yield Work("gates", "W_a", 4 * length * self.dim**2)
 
     def elementwise(self) -> dict[str, float]:
-        return {"planes": 6.0 * len(self.lags) * self.coordinates}
+        return {"planes": 3.0 * self.coordinates, "their sizes": 10.0 * len(self.lags) * self.rank}
 
 
 class Replace(Stage):
