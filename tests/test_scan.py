@@ -169,10 +169,10 @@ def test_method_flops(kind: str) -> None:
     strict = pairs - 95
     products = {  # pairs that are scored, pairs that are applied to values, products with the state
         "scalar": (pairs, pairs, 2),
-        "diagonal": (pairs, pairs, 2),
+        "diagonal": (strict, pairs, 2),
         "delta": (pairs + strict, pairs + strict, 3),
-        "delta_diagonal": (pairs + strict, pairs + strict, 3),
-        "rank_one": (2 * pairs + 2 * strict, 2 * pairs + 2 * strict, 4),
+        "delta_diagonal": (2 * strict, pairs + strict, 3),
+        "rank_one": (4 * strict, 2 * pairs + 2 * strict, 4),
     }
     scored, applied, state = products[kind]
     expected = 2 * (scored * K + applied * V + 95 * state * K * V)

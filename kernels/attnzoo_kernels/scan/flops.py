@@ -24,10 +24,10 @@ def scan_flops(
     `executed` is what form="chunked" runs, as torch's FlopCounterMode sees it: whole C x C products, a padded
     last chunk, and for the delta and rank-1 kinds the inverse of a unit lower triangle by merged blocks.
     Under a diagonal gate only the pairs j < r are multiplied, a token's own score is element-wise. `method`
-    counts the pairs j <= r inside a chunk (j < r where the method needs no more), the triangular system by
-    substitution and no padding. Both count the products with the state. T = 1 takes one recurrent step, which
-    has no pairs. Element-wise work (gates, weights, state decay) is in neither, and document boundaries are
-    ignored: they mask pairs that are counted here.
+    counts the pairs j <= r inside a chunk (j < r where the method needs no more, as there), the triangular
+    system by substitution and no padding. Both count the products with the state. T = 1 takes one recurrent
+    step, which has no pairs. Element-wise work (gates, weights, state decay) is in neither, and document
+    boundaries are ignored: they mask pairs that are counted here.
 
     Args:
         kind: "scalar" (no, constant or scalar gate), "diagonal", "delta" (no, constant or scalar gate),
@@ -47,17 +47,20 @@ def scan_flops(
         return ScanFlops(H * state, H * state)
     grid = Grid.of(T, chunk_size)
     tail = T - (grid.count - 1) * grid.size
-    width = (groups or H) * K + H * V  # of what a visible pair is multiplied with
-    method = (grid.count - 1) * _visible(kind, grid.size, width) + _visible(kind, tail, width) + T * H * state
+    widths = (groups or H) * K, H * V
+    method = (grid.count - 1) * _visible(kind, grid.size, *widths) + _visible(kind, tail, *widths)
+    method += T * H * state
     executed = grid.count * (_products(kind, grid.size, K, V) + grid.size * state)
     return ScanFlops(method, H * executed)
 
 
-def _visible(kind: str, C: int, width: int) -> int:
+def _visible(kind: str, C: int, K: int, V: int) -> int:
     """FLOPs of the visible pairs of one chunk: each makes a score over K and uses it on V."""
     pairs, strict = C * (C + 1) // 2, C * (C - 1) // 2
-    groups = {"scalar": pairs, "diagonal": pairs, "rank_one": 2 * (pairs + strict)}
-    return 2 * width * groups.get(kind, pairs + strict)
+    used = {"scalar": pairs, "diagonal": pairs, "rank_one": 2 * (pairs + strict)}.get(kind, pairs + strict)
+    # under a gate per channel a token's own score is element-wise
+    scored = {"diagonal": strict, "delta_diagonal": 2 * strict, "rank_one": 4 * strict}.get(kind, used)
+    return 2 * (K * scored + V * used)
 
 
 def _products(kind: str, C: int, K: int, V: int) -> int:

@@ -123,15 +123,22 @@ def plain_sum(draft: Draft, whole: bool = True) -> None:
     Args:
         whole: the read-out divides by the sum of these very weights, so nothing else may change or divide it.
     """
-    others = [("gates", "gates it")]
-    others += [("scan", "sums otherwise"), ("sum", "reads it its own way")] if whole else []
-    for slot, does in others:
-        if slot in draft.owner:
-            raise ValueError(
-                f"add: {draft.current} reads a plain sum, {draft.owner[slot]} {does}; leave one of them out"
-            )
+    reader = draft.current
+    others = [("gates", "gates it")] + [("scan", "sums otherwise")] * whole
+
+    def refuse(owner: str, does: str) -> None:
+        if owner != reader:
+            raise ValueError(f"add: {reader} reads a plain sum, {owner} {does}; leave one of them out")
+
+    def settled(done: Draft) -> None:
+        for slot, does in others:
+            refuse(done.owner.get(slot, reader), does)
+
+    settled(draft)
     if whole:
-        draft.owner["sum"] = draft.current
+        refuse(draft.owner.get("sum", reader), "reads it its own way")
+        draft.owner["sum"] = reader
+    draft.very_last(settled)
 
 
 @register(
