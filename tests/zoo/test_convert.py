@@ -177,6 +177,22 @@ def test_values_of_low_rank_share_exactly(calibrated: bool) -> None:
     )
 
 
+def test_keys_of_low_rank_share_exactly_where_nothing_rotates_them() -> None:
+    """Keys and values of a group are maps of one; the queries and the output take the maps in."""
+    layer = source(2)
+    both = {
+        f"W_{n}": side_by_side(
+            torch.stack([heads_of(layer.weights[f"W_{n}"], 2)[h // 2] @ draw(d, d) for h in range(H)])
+        )
+        for n in "kv"
+    }
+    full = Layer(layer.weights | both, H, H, d, None, layer.x)
+    pooled = heads.grouped(full, 2, "svd")
+    close(
+        run("gqa", pooled, layer.x, num_kv_heads=2, pos="none"), run("mha", full.weights, layer.x, pos="none")
+    )
+
+
 def test_turning_keys_across_heads_is_exact_at_freqfold_1() -> None:
     """The fold's rotations act alike on both channels of a pair, so they commute with RoPE."""
     file = golden("c2_transmla")
@@ -297,6 +313,23 @@ def test_shared_heads_go_to_roots() -> None:
     table = heads.nearest_heads([first, second, third], rate=2 / 3)
     assert len(table) == 2 * H
     assert all(root[0] == 0 and root[1] == own[1] for own, root in table)
+
+
+def test_share_penalty_is_the_distance_of_shared_heads() -> None:
+    layers = [source(2), source(2), source(2)]
+    for layer in layers:
+        layer.weights = {k: v.requires_grad_() for k, v in layer.weights.items()}
+    table = [[[1, 2], [0, 1]], [[1, 3], [0, 0]], [[2, 0], [1, 0]]]
+    found = heads.share_penalty(layers, table)
+    total = 0.0
+    for (i, h), (j, g) in table:
+        for name, n in (("W_q", H), ("W_k", 2), ("W_v", 2)):
+            ours, theirs = (layers[a].weights[name].split(d, 1)[b * n // H] for a, b in ((i, h), (j, g)))
+            total = total + (ours - theirs).square().sum().sqrt() / 3
+    close(found, total)
+    found.backward()
+    assert all(layer.weights[f"W_{n}"].grad.abs().sum() > 0 for layer in layers for n in "qkv")
+    assert layers[0].weights["W_o"].grad is None
 
 
 def test_atoms_are_the_best_and_exact_with_one_per_layer() -> None:

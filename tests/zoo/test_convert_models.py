@@ -9,7 +9,7 @@ import torch
 
 import attnzoo
 from attnzoo.convert import METHODS, convert
-from zoo.test_convert import D, H, close, draw
+from zoo.test_convert import D, H, close, d, draw
 
 TEXT = {"calibration": torch.randint(0, 61, (4, 33)), "held_out": torch.randint(0, 61, (4, 33))}
 WHOLE = {
@@ -117,6 +117,26 @@ def test_every_source_converts_exactly(source: str, method: str) -> None:
     close(new(TEXT["held_out"]), model(TEXT["held_out"]))
 
 
+def test_heads_that_are_copies_share_exactly() -> None:
+    source = sharp("gqa", num_kv_heads=2)
+    first, second = (mixer.project.qkv_proj.weight.data for mixer in source.mixers)
+    outs = [mixer.out.out_proj.weight.data for mixer in source.mixers]
+    for to, of, size in ((0, 2, 2), (4, 5, 1), (6, 7, 1)):  # queries 0 and 1, key 0, value 0 of layer 1
+        second[to * d : (to + size) * d] = first[of * d : (of + size) * d]
+    outs[1][:, : 2 * d] = outs[0][:, 2 * d : 4 * d]
+    new, _ = convert(source, "headshare", **TEXT, share_rate=0.25)
+    assert new.config["share_table"] == [[[1, 0], [0, 2]], [[1, 1], [0, 3]]]
+    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
+
+
+@pytest.mark.parametrize("name, options", [SOURCES["biases"], SOURCES["mqa"], SOURCES["few"]], ids=str)
+def test_fusion_starts_at_the_source(name: str, options: dict[str, Any]) -> None:
+    source = sharp(name, **options)
+    new, _ = convert(source, "dha", **TEXT, budget=4, fusion=True)
+    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
+    assert new.mixers[0].options["fusion"] and new.mixers[0].project.groups[0] == [new.config["num_heads"]]
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_an_mla_of_any_widths_shards(norm: bool) -> None:
     sizes = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2}
@@ -140,6 +160,7 @@ def test_frame_options_are_kept() -> None:
         ("gqa", {}, "num_kv_heads: gqa needs it"),
         ("gqa", {"num_kv_heads": 3}, "num_kv_heads: must divide the 4 key heads of the source, got 3"),
         ("gqa", {"num_kv_heads": 2, "rank": 3}, "option: 'rank' is none of gqa"),
+        ("gqa", {"num_kv_heads": 3, "pooling": "svd"}, "num_kv_heads: must divide the 4 key heads .*, got 3"),
         ("gqa", {"num_kv_heads": 2, "pooling": "max"}, "pooling: must be one of"),
         ("transmla", {"kv_rank": 99}, "kv_rank: must be in 1..56, got 99"),
         ("transmla", {"kv_rank": 9, "freqfold": 3}, "freqfold: must divide the 4 pairs"),
@@ -173,9 +194,7 @@ def test_a_layer_that_cannot_be_read_is_named() -> None:
         convert(gated, "gqa", num_kv_heads=2)
     with pytest.raises(ValueError, match="calibration: transmla reads activations"):
         convert(model("gqa"), "transmla", kv_rank=8)
-    with pytest.raises(
-        ValueError, match=r"^num_rope_pairs: must be 0 with .* got 1"
-    ):
+    with pytest.raises(ValueError, match=r"^num_rope_pairs: must be 0 with .* got 1"):
         convert(model("gqa", pos="none"), "mha2mla", TEXT["calibration"], num_rope_pairs=1, kv_rank=8)
     with pytest.raises(ValueError, match=r"^num_heads: .* one number of query heads .*got \[4, 2\]"):
         unlike = attnzoo.create_model("mha,sqa", vocab_size=61, dim=D, depth=2, num_heads=H)

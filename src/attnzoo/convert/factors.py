@@ -52,7 +52,7 @@ def tucker(layer: Layer, ranks: tuple[int, int, int], iterate: bool = False) -> 
         for mode, rank in enumerate(ranks):
             U[mode] = _leading(_project(W, U, without=mode), mode, rank)
         lost = float(W.square().sum() - _project(W, U).square().sum())
-        if before - lost <= 1e-12 * float(W.square().sum()):
+        if before - lost <= 1e-8 * float(W.square().sum()):
             break
         before = lost
     return Tucker(*U, _project(W, U).permute(3, 0, 1, 2))

@@ -21,9 +21,7 @@ def pool(W: Tensor, heads: int, groups: int, method: str = "mean", seed: int = 0
     Args:
         method: "mean" of the group (2305.13245), its "first" head, or "random" N(0, 0.02²).
     """
-    if groups < 1 or heads % groups:
-        raise ValueError(f"num_kv_heads: must divide the {heads} key heads of the source, got {groups}")
-    blocks = heads_of(W, heads).unflatten(0, (groups, -1))
+    blocks = _grouped(W, heads, groups)
     if method == "mean":
         return side_by_side(blocks.mean(1))
     if method == "first":
@@ -34,38 +32,57 @@ def pool(W: Tensor, heads: int, groups: int, method: str = "mean", seed: int = 0
     raise ValueError(f"pooling: must be 'mean', 'first', 'random' or 'svd', got {method!r}")
 
 
+def _grouped(W: Tensor, heads: int, groups: int) -> Tensor:
+    """``(D, heads d)`` -> ``(groups, heads / groups, D, d)``."""
+    if groups < 1 or heads % groups:
+        raise ValueError(f"num_kv_heads: must divide the {heads} key heads of the source, got {groups}")
+    return heads_of(W, heads).unflatten(0, (groups, -1))
+
+
 def grouped(layer: Layer, groups: int, method: str = "mean") -> dict[str, Tensor]:
     """The weights of a `gqa` with ``groups`` key/value heads.
 
-    "svd" pools keys by their mean and factors the values: the group's value heads become one, and what tells
-    them apart goes into the output projection; weighted by calibration text where there is some. It is exact
-    for values of rank <= d.
+    "svd" factors the values: the group's value heads become one, and what tells them apart goes into the
+    output projection; weighted by calibration text where there is some. It is exact for values of rank <= d.
+    Keys likewise, into the queries, where nothing rotates them, else by their mean.
     """
-    weights, G = dict(layer.weights), layer.kv_heads
+    weights, G, named = dict(layer.weights), layer.kv_heads, {}
     keys = "mean" if method == "svd" else method
-    names = ("k",) if method == "svd" else ("k", "v")
-    for name in names:
+    if method == "svd":
+        named = _shared_values(layer, groups) | (_shared_keys(layer, groups) if layer.theta is None else {})
+    for name in "kv":
+        if f"W_{name}" in named:
+            continue
         weights[f"W_{name}"] = pool(weights[f"W_{name}"], G, groups, keys)
         if f"b_{name}" in weights:
             weights[f"b_{name}"] = pool(weights[f"b_{name}"][None], G, groups, keys)[0]
-    return weights | (_shared_values(layer, groups) if method == "svd" else {})
+    return weights | named
 
 
 def _shared_values(layer: Layer, groups: int) -> dict[str, Tensor]:
-    H, G, d = layer.heads, layer.kv_heads, layer.head_dim
-    if "b_v" in layer.weights:
-        raise ValueError("pooling: svd does not fold a bias of values, got one; use mean")
-    W_v, W_o = heads_of(layer.weights["W_v"], G), layer.weights["W_o"].unflatten(0, (H, d))
-    values, outs = [], []
-    for group in W_v.unflatten(0, (groups, -1)):
+    W_v, bases = _one_per_group(layer, "v", groups)
+    W_o = layer.weights["W_o"].unflatten(0, (layer.heads, -1))
+    return {"W_v": W_v, "W_o": (bases @ W_o).flatten(0, 1)}
+
+
+def _shared_keys(layer: Layer, groups: int) -> dict[str, Tensor]:
+    W_k, bases = _one_per_group(layer, "k", groups)
+    return {"W_k": W_k, "W_q": side_by_side(heads_of(layer.weights["W_q"], layer.heads) @ bases.mT)}
+
+
+def _one_per_group(layer: Layer, name: str, groups: int) -> tuple[Tensor, Tensor]:
+    """One key or value head for each group, and for each query head what it was: ``W_h ~ W_g @ basis_h``."""
+    G, d = layer.kv_heads, layer.head_dim
+    if f"b_{name}" in layer.weights:
+        raise ValueError("pooling: svd does not fold biases of keys and values, got some; use mean")
+    made, bases = [], []
+    for group in _grouped(layer.weights[f"W_{name}"], G, groups):
         stacked = side_by_side(group)  # (D, t d)
         seen = stacked if layer.x is None else layer.inputs().flatten(0, 1) @ stacked
         basis = torch.linalg.svd(seen, full_matrices=False)[2][:d]  # (d, t d)
-        values.append(stacked @ basis.T)
-        outs += basis.unflatten(1, (len(group), d)).transpose(0, 1)
-    share = H // G
-    back = torch.stack([outs[h // share] @ W_o[h] for h in range(H)])
-    return {"W_v": side_by_side(torch.stack(values)), "W_o": back.flatten(0, 1)}
+        made.append(stacked @ basis.T)
+        bases += basis.unflatten(1, (len(group), d)).transpose(0, 1)
+    return side_by_side(torch.stack(made)), torch.stack(bases).repeat_interleave(layer.heads // G, 0)
 
 
 class Fused(NamedTuple):
@@ -141,6 +158,16 @@ def _collapse(layer: Layer, keys: list[list[int]], values: list[list[int]]) -> F
     return Fused(weights, *maps)
 
 
+def repeated(layer: Layer) -> dict[str, Tensor]:
+    """The weights with a key and a value head for each query head."""
+    share, weights = layer.heads // layer.kv_heads, dict(layer.weights)
+    for symbol in ("W_k", "W_v", "b_k", "b_v"):
+        if symbol in weights:
+            blocks = weights[symbol].unflatten(-1, (layer.kv_heads, -1))
+            weights[symbol] = blocks.repeat_interleave(share, dim=-2).flatten(-2)
+    return weights
+
+
 def nearest_heads(layers: list[Layer], rate: float) -> list[list[list[int]]]:
     """DirectShare (2402.11819): which head ``[layer, head]`` takes the blocks of which earlier one.
 
@@ -171,6 +198,23 @@ def nearest_heads(layers: list[Layer], rate: float) -> list[list[list[int]]]:
         for own in sorted(roots)
         for r in range(share)
     ]
+
+
+def share_penalty(layers: list[Layer], table: list[list[list[int]]]) -> Tensor:
+    """PostShare (2402.11819): how far the heads of ``table`` are from their sources, the mean over them of
+    |dW_q| + |dW_k| + |dW_v|. The paper trains on half the loss and half of this, then shares.
+
+    Args:
+        layers: as `read` gives them of a model in training, so that gradients reach its weights.
+    """
+    counts = {"W_q": layers[0].heads, "W_k": layers[0].kv_heads, "W_v": layers[0].kv_heads}
+    blocks = [{s: heads_of(layer.weights[s], n) for s, n in counts.items()} for layer in layers]
+    gaps = [
+        torch.linalg.norm(blocks[i][s][h * n // layers[0].heads] - blocks[j][s][g * n // layers[0].heads])
+        for (i, h), (j, g) in table
+        for s, n in counts.items()
+    ]
+    return torch.stack(gaps).sum() / len(table)
 
 
 def replaced(layers: list[Layer], table: list[list[list[int]]]) -> list[dict[str, Tensor]]:

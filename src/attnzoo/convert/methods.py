@@ -54,7 +54,8 @@ def to_gqa(
     pooling: Literal["mean", "first", "random", "svd"] = "mean",
 ) -> list[Target]:
     """Pools key/value heads into groups (2305.13245). Exact where the heads of a group are equal; "svd" is
-    also exact for values of rank <= d per group, and pools keys by their mean.
+    also exact for values of rank <= d per group, and for such keys where nothing rotates them; it pools
+    rotated keys by their mean.
     """
     return [
         Target(
@@ -154,24 +155,22 @@ def _partial(layer: Layer, count: int, rank: int, strategy: str) -> Target:
     return Target("elitekv", layer.options() | options, weights)
 
 
-def to_dha(layers: list[Layer], *, budget: int) -> list[Target]:
+def to_dha(layers: list[Layer], *, budget: int, fusion: bool = False) -> list[Target]:
     """DHA (2406.06567): ``budget`` key and value heads over all layers, in groups of their own. Exact where
-    the heads of a group are equal.
+    the heads of a group are equal; always with ``fusion``: then training has to bring them together.
     """
-    return [
-        Target(
-            "dha",
-            layer.options()
-            | {
-                "num_key_heads": max(found.key_map) + 1,
-                "num_value_heads": max(found.value_map) + 1,
-                "key_map": found.key_map,
-                "value_map": found.value_map,
-            },
-            found.weights,
-        )
-        for layer, found in zip(layers, heads.fuse(layers, budget), strict=True)
-    ]
+    targets = []
+    for layer, found in zip(layers, heads.fuse(layers, budget), strict=True):
+        options = {
+            "num_key_heads": max(found.key_map) + 1,
+            "num_value_heads": max(found.value_map) + 1,
+            "key_map": found.key_map,
+            "value_map": found.value_map,
+        }
+        weights = heads.repeated(layer) if fusion else found.weights
+        options |= {"fusion": True} if fusion else {}
+        targets.append(Target("dha", layer.options() | options, weights))
+    return targets
 
 
 def to_tpla(
