@@ -294,6 +294,36 @@ def test_fused_groups_of_equal_heads_are_exact() -> None:
             close(side_by_side(heads_of(found.weights[f"W_{name}"], 2)[table]), layer.weights[f"W_{name}"])
 
 
+@pytest.mark.parametrize("budget", [6, 9, 13])
+def test_merges_are_the_cheapest_over_all_layers(budget: int) -> None:
+    """Ward's criterion as sums of squared distances to means, every pair measured anew at each merge."""
+    layers = [source(H) for _ in range(2)]
+    for symbol in ("W_k", "W_v"):
+        layers[0].weights[symbol] *= 3  # heads count relative to their layer
+
+    def spread(z: Tensor) -> float:
+        return float((z - z.mean(0)).square().sum())
+
+    points, groups = {}, {}
+    for i, layer in enumerate(layers):
+        for n in "kv":
+            blocks = heads_of(layer.weights[f"W_{n}"], H).flatten(1)
+            points[i, n], groups[i, n] = blocks / blocks.norm(), [[h] for h in range(H)]
+    for _ in range(4 * H - budget):
+        costs = {}
+        for key, own in groups.items():
+            for a in range(len(own)):
+                for b in range(a + 1, len(own)):
+                    z = points[key]
+                    costs[key, a, b] = spread(z[own[a] + own[b]]) - spread(z[own[a]]) - spread(z[own[b]])
+        key, a, b = min(costs, key=costs.get)
+        groups[key][a] += groups[key].pop(b)
+    for i, found in enumerate(heads.fuse(layers, budget)):
+        for n, table in (("k", found.key_map), ("v", found.value_map)):
+            made = [{h for h in range(H) if table[h] == g} for g in range(max(table) + 1)]
+            assert sorted(map(sorted, made)) == sorted(map(sorted, groups[i, n]))
+
+
 def test_contiguous_fusion_is_mean_pooling() -> None:
     layer = source()
     for name in "kv":  # the pairs (0, 1) and (2, 3) are alike but not equal
