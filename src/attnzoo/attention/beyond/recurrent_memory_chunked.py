@@ -62,6 +62,7 @@ class MemoryReads(Single):
         shapes = draft.shapes()
         self.heads = (draft.score_heads or draft.num_heads, shapes["k"][0], shapes["v"][0])
         self.widths = (draft.head_dim, draft.qk_width, draft.v_head_dim)
+        self.appended = getattr(draft.slots.get("position"), "appended", 0)
         self.mem_sizes = [self.heads[1] * self.widths[0], self.heads[2] * self.widths[2]]
         if slots:
             self.gate = draft.linear("mem_gate", 2 * self.dim, self.dim, bias=True)
@@ -160,6 +161,8 @@ class MemoryReads(Single):
                 per_pair = 2 * H * (width + v_width)
                 runs = per_pair * computed_pairs(mask, length, self.impl)
                 yield Work("mixing", name, per_pair * mask.pairs(length), runs, "hidden keys", per_head=True)
+                bias = 2 * H * self.appended * computed_pairs(mask, length, self.impl)
+                yield Work("mixing", f"bias, {name}", 0, bias, "channels that carry the bias")
         if not self.slots:
             return
         c, N, per_pair = self.size, length // self.size, 2 * H * (content + v_width)
