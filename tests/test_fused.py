@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.attention.stages.mask import band
 from attnzoo.attention.timeline import Axis
-from attnzoo.ops import Keys, attention, conv, cumulative, fused, kept, unit_heads, wedge
+from attnzoo.ops import Keys, attention, conv, cumulative, fused, kept, seen, unit_heads, wedge
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -114,6 +114,22 @@ def test_heads_of_unit_length(squash: bool) -> None:
     zero = torch.zeros_like(s).requires_grad_()
     y = unit_heads.unit_heads(zero, gain, 1e-3, squash)
     assert torch.equal(torch.autograd.grad(y.sum(), zero)[0], gain[:, None, None].expand_as(s) / 1e-3)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("hidden", [0.0, float("inf"), float("nan")])
+def test_softmax_over_what_is_seen(blind: bool, hidden: float) -> None:
+    """Rows that see nothing; hidden scores that are infinite or no numbers."""
+    visible = torch.ones(2, 1, 5, 7, dtype=torch.bool).tril(2)
+    visible[1, :, 3] &= not blind
+    s = draw(2, 3, 5, 7)
+    both(
+        lambda s: seen.softmax(s.masked_fill(~visible, hidden), visible),
+        lambda s: seen.plain_softmax(s.masked_fill(~visible, hidden), visible),
+        s,
+    )
+    p = seen.softmax(s.masked_fill(~visible, hidden), visible)
+    assert bool((p[~visible.expand_as(p)] == 0).all())
 
 
 def test_gradients_by_finite_differences() -> None:

@@ -16,6 +16,7 @@ from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import Axis
 from attnzoo.ops import adapters
 from attnzoo.ops.kept import fits, kept_attention
+from attnzoo.ops.seen import softmax
 from attnzoo_kernels.attention import attention as softmax_kernel
 from attnzoo_kernels.latent_decode import latent_decode
 from attnzoo_kernels.launch import choose
@@ -74,13 +75,6 @@ class Dot:
 
     def __call__(self, q: Tensor, geo: Geo) -> Tensor:
         return grouped_matmul(q * self.scale, geo.keys.k.mT)
-
-
-def softmax(s: Tensor, visible: Tensor) -> Tensor:
-    """Softmax over visible keys in at least fp32, exactly 0 elsewhere; a row that sees nothing is 0."""
-    s = s if s.dtype == torch.float64 else s.float()
-    p = s.masked_fill(~visible, float("-inf")).softmax(-1)
-    return p.masked_fill(~visible, 0.0)
 
 
 def attention(
