@@ -110,11 +110,45 @@ def test_every_source_converts_exactly(source: str, method: str) -> None:
         with pytest.raises(ValueError, match=rf"^qkv_bias: {method} makes factors .*layer 0 has them"):
             convert(model, method, **TEXT, **wanted)
         return
-    new, _ = convert(model, method, **TEXT, **wanted)
+    new, report = convert(model, method, **TEXT, **wanted)
     if method == "xecomla" and rope:
         assert new.mixers[0].options["qk_rope_head_dim"] == width // 4 * 2
         return
+    assert report.weight_error < 1e-12
     close(new(TEXT["held_out"]), model(TEXT["held_out"]))
+
+
+def test_weight_error_is_that_of_the_heads_products() -> None:
+    source = sharp("gqa", num_kv_heads=2)
+    new, report = convert(source, "gqa", num_kv_heads=1)
+    change = norm = 0.0
+    for ours, theirs in zip(new.mixers, source.mixers, strict=True):
+        (q, k, v), (q0, k0, v0) = (m.project.qkv_proj.weight.split(m.project.sizes) for m in (ours, theirs))
+        outs = [m.out.out_proj.weight.split(d, 1) for m in (ours, theirs)]
+        for h in range(H):
+            g = slice(h // 2 * d, h // 2 * d + d)
+            new_qk, old_qk = q.split(d)[h].T @ k / d**0.5, q0.split(d)[h].T @ k0[g] / d**0.5
+            new_vo, old_vo = outs[0][h] @ v, outs[1][h] @ v0[g]
+            change += (new_qk - old_qk).square().sum() + (new_vo - old_vo).square().sum()
+            norm += old_qk.square().sum() + old_vo.square().sum()
+    assert (
+        report.weight_error == pytest.approx(float((change / norm).detach()) ** 0.5)
+        and report.weight_error > 0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "source, method, options",
+    [
+        (("gqa", {"num_kv_heads": 2}), "transmla", {"kv_rank": 3 * d, "q_rank": H * d, "freqfold": 2}),
+        (("mla", {"q_lora_rank": 12}), "tpla", {"latent_shards": 4}),
+        (("mla", {"latent_norm": False}), "tpla", {"basis": "hadamard"}),
+    ],
+    ids=str,
+)
+def test_a_basis_is_no_error_of_weights(source: tuple, method: str, options: dict[str, Any]) -> None:
+    _, report = convert(sharp(source[0], **source[1]), method, **TEXT, **options)
+    assert report.weight_error < 1e-12 < report.logit_change
 
 
 def test_heads_that_are_copies_share_exactly() -> None:

@@ -59,6 +59,7 @@ def convert_command(options: argparse.Namespace) -> int:
                 ["cache bytes/token", *(f"{n:,.0f}" for n in report.cache_bytes)],
                 ["parameters", *(f"{n:,}" for n in report.params)],
                 ["held-out nats/token", *(f"{x:.4f}" for x in report.loss)],
+                ["relative change of weights", "", f"{report.weight_error:.3g}"],
                 ["largest change of a logit", "", change],
             ]
         )

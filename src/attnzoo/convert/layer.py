@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -59,8 +58,3 @@ def heads_of(W: Tensor, heads: int) -> Tensor:
 def side_by_side(blocks: Tensor) -> Tensor:
     """``(heads, D, d)`` -> ``(D, heads d)``."""
     return blocks.transpose(0, 1).flatten(1)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """``|ours - theirs| / |theirs|`` in the Frobenius norm."""
-    return float(torch.linalg.norm(ours - theirs) / torch.linalg.norm(theirs))

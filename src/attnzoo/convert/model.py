@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from attnzoo import options as opts
+from attnzoo.convert.distance import weight_error
 from attnzoo.convert.layer import Layer
 from attnzoo.convert.methods import METHODS, Method, Target
 from attnzoo.convert.symbols import read, write
@@ -29,6 +30,7 @@ class Report:
         logit_change: largest change of a logit on the calibration text; None without text.
         cache_bytes: per token before and after, bf16.
         params: before and after.
+        weight_error: relative change of the heads' matrices, see `weight_error`.
         loss: mean nats per token on the held-out text before and after; None without text.
     """
 
@@ -36,6 +38,7 @@ class Report:
     options: dict[str, Any]
     cache_bytes: tuple[float, float] = (0.0, 0.0)
     params: tuple[int, int] = (0, 0)
+    weight_error: float = 0.0
     logit_change: float | None = None
     loss: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
@@ -82,6 +85,7 @@ def convert(
     before, after = (m.cost(length) for m in (model, new))
     report.cache_bytes = before.cache_bytes_per_token, after.cache_bytes_per_token
     report.params = before.params, after.params
+    report.weight_error = weight_error(model.mixers, new.mixers)
     if calibration is not None:
         report.logit_change = float((new(calibration) - model(calibration)).abs().max())
     if held_out is not None:
