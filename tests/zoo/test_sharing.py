@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -56,6 +57,26 @@ def each_row(mixer: Mixer, one: Any) -> None:
         for ident in set(row.tolist()) - {0}:
             where = row == ident
             same(packed[b, where], out(mixer, one(x[b, where])))
+
+
+def refuses(name: str, options: dict[str, Any], field: str, value: object) -> None:
+    """The error begins with the field, says a rule, and shows the value."""
+    with pytest.raises(ValueError) as caught:
+        attnzoo.create(name, D, **{"num_heads": H, **options})
+    message = str(caught.value)
+    assert re.fullmatch(rf"{field}: .{{15,}}", message), message
+    assert str(value) in message
+
+
+def accepts(name: str, options: dict[str, Any]) -> None:
+    """The composition exists, and decodes as it runs at once."""
+    options = {"num_heads": H, **options}
+    mixer, x = build(name, heads=options.pop("num_heads"), **options), tokens()
+    y = mixer(x)
+    assert y.shape == x.shape and y.isfinite().all()
+    for sizes in ([T - 1, 1], [1] * T, [3, 1, 4, 1]):
+        cache = mixer.new_cache(2, T)
+        same(torch.cat([mixer(part, cache=cache) for part in x.split(sizes, 1)], 1), y)
 
 
 # wgqa

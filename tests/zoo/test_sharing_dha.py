@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from test_sharing import attend, build, each_row, heads_of
+from test_sharing import accepts, attend, build, each_row, heads_of, refuses
 from test_sharing_maps import step
 from torch import Tensor
 
@@ -155,10 +154,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, object]] = [
 
 @pytest.mark.parametrize("name, options, field, value", REFUSED)
 def test_refused(name: str, options: dict[str, Any], field: str, value: object) -> None:
-    with pytest.raises(ValueError) as caught:
-        attnzoo.create(name, D, H, **options)
-    assert re.fullmatch(rf"{field}: .{{15,}}", str(caught.value)), str(caught.value)
-    assert str(value) in str(caught.value)
+    refuses(name, options, field, value)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +165,4 @@ def test_refused(name: str, options: dict[str, Any], field: str, value: object) 
     ],
 )
 def test_accepted(name: str, options: dict[str, Any]) -> None:
-    mixer, x = build(name, **options), tokens()
-    y = mixer(x)
-    for sizes in ([T - 1, 1], [1] * T, [3, 1, 4, 1]):
-        cache = mixer.new_cache(2, T)
-        same(torch.cat([mixer(part, cache=cache) for part in x.split(sizes, 1)], 1), y)
+    accepts(name, options)

@@ -29,6 +29,7 @@ from attnzoo.attention.base import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.factorised.ordered import OrderedFactors, SharedRank, check_ranks, default_ranks
 from attnzoo.attention.factorised.rank_policy import SegmentRank
+from attnzoo.attention.latent.latent import rotary_width
 from attnzoo.attention.score import Single
 from attnzoo.ops.attention import Keys
 from attnzoo.registry import Card, register
@@ -105,14 +106,9 @@ def dynamic_rank(
     Reduces to: attention with plain and rotary channels where the rank is d; each policy with one rank to the
         fixed one.
     """
-    H, d, rope = draft.num_heads, draft.head_dim, draft.host["pos"] == "rope"
+    H, d, d_r = draft.num_heads, draft.head_dim, rotary_width(draft, qk_rope_head_dim)
     ranks = default_ranks(d) if ranks is None else ranks
     check_ranks(ranks, d)
-    d_r = (max(2, d // 4 * 2) if rope else 0) if qk_rope_head_dim is None else qk_rope_head_dim
-    if rope != (d_r > 0):
-        raise ValueError(
-            f"qk_rope_head_dim: must be {'positive' if rope else '0'} with pos={draft.host['pos']}, got {d_r}"
-        )
     for name, value in (("segment_len", segment_len), ("refresh", refresh)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
@@ -139,14 +135,17 @@ def dynamic_rank(
         else:
             done.put("refine", SharedRank(project, rank_policy, ranks, energy_tau, refresh))
 
-    def settled(done: Draft) -> None:
-        others = [type(s).__name__ for s in done.slots["refine"] if s.rank != SharedRank.rank]
-        others += ["QKNorm"] if done.host["qk_norm"] else []
-        if others and rank_policy in ("energy", "rl"):
-            raise ValueError(
-                f"rank_policy: {rank_policy!r} measures A B^T, which is not what is read after "
-                f"{' and '.join(others)}, got {rank_policy!r}; set rank_policy=nested or fixed"
-            )
-
     draft.last(complete)
-    draft.very_last(settled)
+    if rank_policy in ("energy", "rl"):
+        draft.very_last(lambda done: _check_measured(done, rank_policy))
+
+
+def _check_measured(done: Draft, policy: str) -> None:
+    """What the policy decomposes must be what scores are made of."""
+    others = [type(s).__name__ for s in done.slots["refine"] if s.rank != SharedRank.rank]
+    others += ["QKNorm"] if done.host["qk_norm"] else []
+    if others:
+        raise ValueError(
+            f"rank_policy: {policy!r} measures A B^T, which is not what is read after "
+            f"{' and '.join(others)}, got {policy!r}; set rank_policy=nested or fixed"
+        )

@@ -20,7 +20,6 @@ from attnzoo.ops.fused import rms_norm
 FIXED = {
     "num_kv_heads": "all heads share one latent; set kv_lora_rank for a smaller cache",
     "head_dim": "widths are set by qk_nope_head_dim, qk_rope_head_dim and v_head_dim",
-    "qkv_bias": "the latent projections have no bias",
 }
 
 
@@ -28,7 +27,8 @@ class Latent(Late, Stage):
     """Late projection from rows ``latent`` (parts, d_c / parts) and ``k_rope`` (rotary heads, d_r).
 
     A part of the latent serves consecutive heads; how it does is `keys` where k and v are materialised and
-    `per_head` where the up-maps are absorbed.
+    `per_head` where the up-maps are absorbed. The frame's ``qkv_bias`` is that of the maps from x; the
+    up-maps have none, so that they can be absorbed.
 
     Args:
         widths: d_n, d_r, d_v; rank: d_c; q_rank: r_q, 0 = queries straight from x; norm: RMSNorm on the
@@ -56,12 +56,12 @@ class Latent(Late, Stage):
         self.kv_heads = kv_heads or self.heads
         d_n, d_r, _ = widths
         self.turned = ("k_rope",) if d_r else ()
-        q_in = q_rank or draft.dim
+        q_in, bias = q_rank or draft.dim, draft.host["qkv_bias"]
         if q_rank:
-            self.q_down = draft.linear("q_down", draft.dim, q_rank)
+            self.q_down = draft.linear("q_down", draft.dim, q_rank, bias)
             self.q_gain = flag(nn.Parameter(torch.ones(q_rank)), decay=False) if norm else None
-        self.q_up = draft.linear("q_up", q_in, self.heads * (d_n + d_r))
-        self.kv_down = draft.linear("kv_down", draft.dim, rank + rope_heads * d_r)
+        self.q_up = draft.linear("q_up", q_in, self.heads * (d_n + d_r), bias and not q_rank)
+        self.kv_down = draft.linear("kv_down", draft.dim, rank + rope_heads * d_r, bias)
         self.kv_gain = flag(nn.Parameter(torch.ones(rank)), decay=False) if norm else None
         self.kv_up = self.make_up(draft)
 
@@ -175,20 +175,30 @@ def sizes(draft: Draft, d_n: int | None, d_r: int | None, d_v: int | None, q_ran
     Raises:
         ValueError: a width or the query rank is out of range, or rotary channels contradict ``pos``.
     """
-    width, rope = draft.head_dim, draft.host["pos"] == "rope"
+    width = draft.head_dim
     d_n = width if d_n is None else d_n
     d_v = width if d_v is None else d_v
-    d_r = (max(2, width // 4 * 2) if rope else 0) if d_r is None else d_r
     for name, value in (("qk_nope_head_dim", d_n), ("v_head_dim", d_v)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
     if q_rank < 0:
         raise ValueError(f"q_lora_rank: must be at least 0 (0 = none), got {q_rank}")
-    if rope != (d_r > 0):
-        raise ValueError(
-            f"qk_rope_head_dim: must be {'positive' if rope else '0'} with pos={draft.host['pos']}, got {d_r}"
-        )
-    return Sizes((d_n, d_r, d_v), width, min(4, draft.num_heads) * width)
+    return Sizes((d_n, rotary_width(draft, d_r), d_v), width, min(4, draft.num_heads) * width)
+
+
+def rotary_width(draft: Draft, d_r: int | None) -> int:
+    """Channels of the shared rotary key, by default half a head and even.
+
+    Raises:
+        ValueError: they contradict ``pos``.
+    """
+    pos = draft.host["pos"]
+    if d_r is None:
+        d_r = max(2, draft.head_dim // 4 * 2) if pos == "rope" else 0
+    if (pos == "rope") != (d_r > 0):
+        needed = "positive" if pos == "rope" else "0"
+        raise ValueError(f"qk_rope_head_dim: must be {needed} with pos={pos}, got {d_r}")
+    return d_r
 
 
 def check_rank(field: str, rank: int, heads: int, widths: tuple[int, int, int], allow_expand: bool) -> None:

@@ -29,7 +29,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.chunk_read import ChunkEnds, ChunkRead, wide
 from attnzoo.attention.latent.latent import FIXED, Latent, check_rank, settle, sizes
 from attnzoo.attention.memory import Slot
-from attnzoo.attention.stages.mask import Static, band
+from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.stages.running import running_block_sum
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
@@ -160,20 +160,21 @@ def mtla(
         rank // hyper_reduction,
     )
 
-    def complete(done: Draft) -> None:
-        own = [done.slots[slot] for slot in ("score", "normalise") if slot in done.slots]
-        for stage in own:
-            if any(slot.kind == "rows" for slot in stage.memory().values()):
-                raise ValueError(
-                    f"add: {type(stage).__name__} keeps something for every key token, but keys here are "
-                    f"chunks of down_rate={down_rate} tokens; leave it out, or use mla"
-                )
-        if not own and "read" not in done.slots:
-            appended = getattr(done.slots.get("position"), "appended", 0)
-            heads = done.score_heads or done.num_heads
-            read = ChunkRead(down_rate, near, (heads, done.qk_width, done.v_head_dim, appended))
-            done.put("read", read)
-
     settle(draft, widths, project)
     draft.put("mask", Static(ChunkEnds(down_rate, near)))
-    draft.very_last(complete)
+    draft.very_last(lambda done: _put_read(done, down_rate, near))
+
+
+def _put_read(done: Draft, rate: int, near: Mask) -> None:
+    """The read in two parts, where nothing else acts on scores or weights."""
+    own = [done.slots[slot] for slot in ("score", "normalise") if slot in done.slots]
+    for stage in own:
+        if any(slot.kind == "rows" for slot in stage.memory().values()):
+            raise ValueError(
+                f"add: {type(stage).__name__} keeps something for every key token, but keys here are "
+                f"chunks of down_rate={rate} tokens; leave it out, or use mla"
+            )
+    if not own and "read" not in done.slots:
+        appended = getattr(done.slots.get("position"), "appended", 0)
+        heads = done.score_heads or done.num_heads
+        done.put("read", ChunkRead(rate, near, (heads, done.qk_width, done.v_head_dim, appended)))
