@@ -32,6 +32,7 @@ from attnzoo.attention.base import Call, Choices, Site, Stage
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.implementation import choose_scan
 from attnzoo.attention.linear.linear import plain_sum
+from attnzoo.attention.linear.slots import two_scans
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms, scanned
 from attnzoo.attention.score import Single
@@ -77,7 +78,10 @@ class TwoPass(Stage):
         q, k, v = terms[:3]
         place = call.line.place(len(self.slots.E), "max_seq_len")
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        E, F = (z[place][:, :, None].expand(*v.shape[:3], -1) for z in self.slots.both(wide))
+        E, F = (z[place] for z in self.slots.both(wide))
+        if v.is_cpu and call.mem.cache is None and len(place) == 1 and place.shape[1] > 1:
+            return two_scans(q, k, v, E[0], F[0], self.scale, self.chunk_size)
+        E, F = (z[:, :, None].expand(*v.shape[:3], -1) for z in (E, F))
         scores = scanned(Terms(q, k, E), "K", call, self.scale, self.chunk_size)
         return scanned(Terms(scores.softmax(-1), F, v), "V", call, 1.0, self.chunk_size)
 
