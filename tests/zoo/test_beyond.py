@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ REFUSED = [
     ("focused_transformer", {"memory_layers": ()}, "memory_layers", "[]"),
     ("focused_transformer", {"memory_positions": "last"}, "memory_positions", "last"),
     ("mla", {"add": "focused_transformer", "cross_batch": 1}, "cross_batch", 1),
+    ("focused_transformer", {"last_context_length": 0}, "last_context_length", 0),
+    ("focused_transformer", {"last_context_length": 4, "memory_topk": 0}, "memory_topk", 0),
+    ("focused_transformer", {"memory_topk": 4}, "memory_topk", 4),
+    ("dcmha", {"add": "focused_transformer", "last_context_length": 5}, "last_context_length", 5),
     ("dcmha", {"add": "focused_transformer", "cross_batch": 1}, "cross_batch", 1),
     ("discrete_kv_bottleneck", {"num_codebooks": 0}, "num_codebooks", 0),
     ("discrete_kv_bottleneck", {"num_keys": 1}, "num_keys", 1),
@@ -128,6 +133,79 @@ def test_cross_batch_reduces_to_mha() -> None:
     same(with_weights_of(plain, build("focused_transformer"))(x), plain(x))
     lone = build("focused_transformer", cross_batch=2, layer_idx=1, num_layers=4, memory_layers=(3,))
     same(with_weights_of(plain, lone)(x), plain(x))
+
+
+def reading_oracle(mixer, x: Tensor, W: int, most: int | None, theta: float | None, kv: int) -> Tensor:
+    """Query by query: near keys at their places, far ones W - 1 tokens away, the best ``most`` of them."""
+    q, k, v = (torch.einsum("btD,hdD->bhtd", x, w) for w in projections(mixer, H, kv, kv))
+    y = torch.zeros_like(x)
+    for b in range(len(x)):
+        for i in range(x.shape[1]):
+            heads = []
+            for h in range(H):
+                g = h * kv // H
+                s = []
+                for j in range(i + 1):
+                    away = min(i - j, W - 1)
+                    turned = rotate(torch.stack([k[b, g, j], *[q[b, h, i]] * max(away, 1)]), theta)
+                    s.append((turned[0] @ turned[away] if away else k[b, g, j] @ q[b, h, i]) / d**0.5)
+                far = sorted(s[: max(0, i - W + 1)], reverse=True)
+                least = far[most - 1] if most is not None and len(far) > most else -math.inf
+                s = [z if i - j < W or z >= least else torch.tensor(-math.inf) for j, z in enumerate(s)]
+                heads.append(torch.stack(s).softmax(0) @ v[b, g, : i + 1])
+            y[b, i] = torch.cat(heads) @ mixer.out.out_proj.weight.T
+    return y
+
+
+READING = [
+    {"last_context_length": 4},
+    {"last_context_length": 1, "num_kv_heads": 2},
+    {"last_context_length": 3, "memory_topk": 2},
+    {"last_context_length": 3, "memory_topk": 1, "memory_positions": "none"},
+    {"last_context_length": 2, "memory_topk": 50, "cross_batch": 2},
+]
+
+
+@pytest.mark.parametrize("options", READING, ids=str)
+def test_far_keys_are_read_from_the_start_of_the_local_context(options: dict) -> None:
+    mixer, x = build("focused_transformer", **options).eval(), tokens(2, 11, 16)
+    theta = None if options.get("memory_positions") == "none" else 10000.0
+    size, most = options["last_context_length"], options.get("memory_topk")
+    want = reading_oracle(mixer, x, size, most, theta, options.get("num_kv_heads", H))
+    same(mixer(x), want)
+    same(mixer(x, Context(positions=torch.arange(11)[None] + 1000)), want)
+    if not options.get("cross_batch"):
+        host = build("gqa", pos="rope" if theta else "none", num_kv_heads=options.get("num_kv_heads", H))
+        same(mixer.train()(x), with_weights_of(mixer, host)(x))
+
+
+def test_memory_reduces_to_mha() -> None:
+    """Within the local context; and, without positions, whatever it is."""
+    x, plain = tokens(2, 9, 16), build("mha")
+    same(with_weights_of(plain, build("focused_transformer", last_context_length=9).eval())(x), plain(x))
+    short = with_weights_of(plain, build("focused_transformer", last_context_length=3).eval())
+    assert (short(x) - plain(x))[:, 3:].abs().amax((0, 2)).min() > 1e-3
+    same(short(x)[:, :3], plain(x)[:, :3])
+    free = {"last_context_length": 3, "memory_positions": "none"}
+    bare = build("mha", pos="none")
+    same(with_weights_of(bare, build("focused_transformer", **free).eval())(x), bare(x))
+
+
+@pytest.mark.parametrize("prop", PROPERTIES)
+def test_memory_keeps_the_contract(prop: str) -> None:
+    options = {"last_context_length": 4, "memory_topk": 3, "num_kv_heads": 2}
+    PROPERTIES[prop](Subject.of("focused_transformer", **options))
+
+
+@pytest.mark.parametrize("host, more", [("mla", {}), ("gqa", {"window": 6, "n_sink": 2}), ("kha", {})])
+def test_memory_on_other_hosts(host: str, more: dict) -> None:
+    options = {"add": "focused_transformer", "last_context_length": 4, **more}
+    if host == "mla":  # keys with a rotary slice of their own
+        with pytest.raises(ValueError, match=r"^last_context_length: .*rotary.*4"):
+            build(host, **options)
+        return
+    for prop in ("causal", "decode", "documents", "document_decode", "flops"):
+        PROPERTIES[prop](Subject.of(host, **options))
 
 
 def test_order_of_pairs_in_another_row_does_not_matter() -> None:
