@@ -117,6 +117,8 @@ def test_wgqa_starts_as_the_mean_and_merges(kind: str) -> None:
     same(gqa(x), mixer(x))
     fresh = attnzoo.create("wgqa", D, H, num_kv_heads=2, weight_kind=kind)
     assert (fresh.project.k_weights == 0.5).all() and (fresh.project.v_weights == 0.5).all()
+    one = attnzoo.create("wgqa", D, H, num_kv_heads=1, weight_kind=kind)
+    assert (one.project.k_weights == 0.25).all(), "the mean of four"
     drawn = attnzoo.create("wgqa", D, H, num_kv_heads=2, weight_kind=kind, weight_init="random")
     assert drawn.project.k_weights.std() > 0.1
 
