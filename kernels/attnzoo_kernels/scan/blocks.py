@@ -144,6 +144,17 @@ def _levels(steps: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], before: int
         if before:
             weights[:before] = [_half(upto_before, size, 1).exp2()] * before
         left_weight = _half(after, size, 0).exp2()
-        right = torch.cat([_half(row, size, 1) * w for row, w in zip(x, weights, strict=True)], 2)
-        left = torch.cat([_half(column, size, 0) * left_weight for column in y], 2)
+        right = _side_by_side([_half(row, size, 1) for row in x], weights)
+        left = _side_by_side([_half(column, size, 0) for column in y], [left_weight] * len(y))
         yield size, right, left, weights, left_weight
+
+
+def _side_by_side(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """Products of (X,count,size,K) parts and weights, (X,count,parts*size,K)."""
+    if len(parts) == 1:
+        return parts[0] * weights[0]
+    X, count, size, K = parts[0].shape
+    out = parts[0].new_empty(X, count, len(parts), size, K)
+    for to, part, weight in zip(out.unbind(2), parts, weights, strict=True):
+        torch.mul(part, weight, out=to)
+    return out.flatten(2, 3)

@@ -97,7 +97,15 @@ class DecaySums(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dsums: Tensor, dtotals: Tensor) -> Tensor:
-        return dsums.flip(-2).cumsum(-2).flip(-2).add_(dtotals)
+        if not dsums.is_cpu or torch.compiler.is_compiling():
+            return dsums.flip(-2).cumsum(-2).flip(-2).add_(dtotals)
+        # torch's sums along an axis that is not the last are slow; steps over all chunks and heads are not
+        out = dsums.clone(memory_format=torch.contiguous_format)
+        steps = out.unbind(-2)
+        steps[-1].add_(dtotals.squeeze(-2))
+        for r in reversed(range(len(steps) - 1)):
+            steps[r].add_(steps[r + 1])
+        return out
 
 
 class Gate(torch.autograd.Function):
