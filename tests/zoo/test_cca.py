@@ -150,6 +150,13 @@ def test_cca_reduces_to_gqa_in_fewer_channels() -> None:
     same(mixer(x), gqa(x))
 
 
+def test_ccgqa_with_all_key_heads_is_cca() -> None:
+    mixer, x = build("ccgqa", num_kv_heads=H), tokens()
+    cca = build("cca")
+    cca.load_state_dict(mixer.state_dict())
+    same(cca(x), mixer(x))
+
+
 def test_cca_lengths_are_fixed_and_temperatures_bounded() -> None:
     mixer = scattered()
     norm = mixer.refine[1]

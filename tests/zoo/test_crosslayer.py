@@ -112,13 +112,18 @@ def weights_of(mixer: Mixer, kv_heads: int) -> dict[str, Tensor]:
     )
 
 
-@torch.no_grad()
 def test_cla_with_offset_equals_loops() -> None:
+    """Gradients too: those of borrowed keys and values go back to the layer that made them."""
     stack = scattered(Stack("cla", 6, D, H, cla_factor=2, offset=1, num_kv_heads=2, pos="none").double())
     x = tokens()
     weights = [weights_of(mixer, 2) for mixer in stack.mixers]
-    want = [plain_stack(row, weights, 2, {2: 1, 4: 3}) for row in x]
-    same(stack(x), torch.stack(want))
+    want = torch.stack([plain_stack(row, weights, 2, {2: 1, 4: 3}) for row in x])
+    same(stack(x), want)
+    made = [stack.mixers[i].project.qkv_proj.weight for i in (0, 1, 3, 5)]
+    pull = torch.randn_like(x)
+    grads = (torch.autograd.grad((y * pull).sum(), made) for y in (stack(x), want))
+    for ours, theirs in zip(*grads, strict=True):
+        same(ours, theirs)
 
 
 @torch.no_grad()
