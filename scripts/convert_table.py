@@ -3,7 +3,8 @@
     python scripts/convert_table.py --runs runs/train-all        # needs its runs mha and mla
 
 Writes benchmarks/results/conversions.csv: for each method and setting the cache bytes per token before and
-after, the loss before and after in nats per token, and the largest change of a logit on calibration text.
+after, the loss before and after in nats per token, the relative change of the heads' matrices, and the
+largest change of a logit on calibration text.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> None:
                 "params_after": report.params[1],
                 "loss": f"{report.loss[0]:.4f}",
                 "loss_after": f"{report.loss[1]:.4f}",
+                "weight_error": f"{report.weight_error:.2g}",
                 "logit_change": f"{report.logit_change:.2g}",
                 "held_out_tokens": held_out[:, 1:].numel(),
                 "machine": platform.machine(),
