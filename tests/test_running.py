@@ -58,6 +58,26 @@ def test_running(name: str, ids: Tensor | None, split: tuple[int, ...]) -> None:
             torch.testing.assert_close(found[b, t], whole(z[b, places[: i + 1]]))
 
 
+def test_sums_of_short_documents_keep_their_digits_in_long_rows() -> None:
+    """As differences of sums over the row they would be off by 1e-4 at its end."""
+    length = 4096
+    ids = (torch.arange(length) // 8 + 1)[None]
+    z = 1 + torch.rand(1, length, 3)
+    line = timeline.read(Context(segment_ids=ids), 1, length, z.device)
+    found = running_sum(z, Call(Site(), z, Context(), line, None), "r")
+    exact = z.double().unflatten(1, (-1, 8)).cumsum(2).flatten(1, 2)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_document_does_not_see_that_another_overflows() -> None:
+    ids = torch.tensor([[1] * 4 + [2] * 5])
+    z = torch.randn(1, 9, 1)
+    z[:, 2] = torch.inf
+    line = timeline.read(Context(segment_ids=ids), 1, 9, z.device)
+    found = running_sum(z, Call(Site(), z, Context(), line, None), "r")
+    torch.testing.assert_close(found[:, 4:], z[:, 4:].cumsum(1))
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_running_gradients(name: str) -> None:
     z = torch.randn(B, T, 1, dtype=torch.float64, requires_grad=True)

@@ -15,22 +15,17 @@ from torch import Tensor
 from attnzoo.attention.base import Call
 from attnzoo.ops.cumulative import logcumsumexp
 
+ENDLESS = 1 << 62  # tokens of a block that no document fills
+
 
 def running_sum(z: Tensor, call: Call, slot: str) -> Tensor:
     """``sum_(j <= t) z_j``."""
     line, start = call.line, call.mem.state(slot)
-    z = line.blank(z)
-    sums = z.cumsum(1)
-    if line.doc is None:
-        sums = sums if start is None else sums + start[:, None]
-    else:
-        step = torch.arange(line.length, device=z.device)
-        first = (step - line.order).clamp(min=0)  # where the document begins in this forward
-        index = first.reshape(*first.shape, *(1,) * (z.dim() - 2)).expand_as(z)
-        sums = sums - (sums.gather(1, index) - z.gather(1, index))
-        if start is not None:
-            goes_on = (line.doc == 0).reshape(*line.doc.shape, *(1,) * (z.dim() - 2))
-            sums = sums + start[:, None] * goes_on
+    if line.doc is not None:
+        # differences of sums over the whole row would lose the digits of short documents
+        return running_block_sum(z, call, slot, per=ENDLESS)
+    sums = line.blank(z).cumsum(1)
+    sums = sums if start is None else sums + start[:, None]
     call.mem.put(slot, sums[:, -1])
     return sums
 
@@ -42,14 +37,14 @@ def running_block_sum(z: Tensor, call: Call, slot: str, per: int) -> Tensor:
     """
     line, start = call.line, call.mem.state(slot)
     fill = (line.order % per).reshape(*line.order.shape, *(1,) * (z.dim() - 2))
-    z = line.blank(z)
+    z, nothing = line.blank(z), torch.zeros((), dtype=z.dtype, device=z.device)
     if start is not None:
-        goes_on = start[:, None].to(z.dtype) * (fill[:, :1] > 0)
+        goes_on = torch.where(fill[:, :1] > 0, start[:, None].to(z.dtype), nothing)
         z = torch.cat([z[:, :1] + goes_on, z[:, 1:]], dim=1)
     back = 1
     while back < min(per, line.length):  # each token joins the run before its own until the block begins
         earlier = torch.cat([torch.zeros_like(z[:, :back]), z[:, :-back]], dim=1)
-        z = z + earlier * (fill >= back)
+        z = z + torch.where(fill >= back, earlier, nothing)
         back *= 2
     if start is not None:
         call.mem.put(slot, _newest(z, call, start))
