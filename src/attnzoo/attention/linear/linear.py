@@ -6,9 +6,8 @@ Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention, a
     normalised:    o_t = S_t^T phi(q_t) / (phi(q_t) . z_t + eps)
     unnormalised:  o_t = d_f^(-1/2) S_t^T phi(q_t), then RMSNorm over the head
 
-Cached: S (H d_f d_v) and, normalised, z (H d_f), in fp32, whatever the length. With ``pos=rope`` the
-    rotation acts
-after phi on the numerator only: rotated features may be negative, so z sums the unrotated ones.
+Cached: S (H d_f d_v) and, normalised, z (H d_f), in fp32, whatever the length. With ``pos=rope`` the rotation
+acts after phi on the numerator only: rotated features may be negative, so z sums the unrotated ones.
 Maps: elu1 is elu + 1; relu; identity; hedgehog (2402.04347) softmax([2 (W x + b), -2 (W x + b)]), identity W;
 t2r (2103.13076) relu(W x); dpfp (2102.11174) r * roll(r, j) of r = [relu(x), relu(-x)], j = 1..nu;
 hadamard (W_1 x + b_1) * (W_2 x + b_2).
