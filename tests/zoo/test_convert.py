@@ -268,9 +268,21 @@ def test_folding_and_turning_the_latent_is_exact_for_mla(basis: str) -> None:
     found = tensor_parallel(layer, 2, basis)
     close(run("mla", found.weights, layer.x, **options), run("mla", layer.weights, layer.x, **options))
     assert abs(sum(found.energy) - 1) < 1e-12
-    if basis == "pca":
-        assert found.energy[0] > found.energy[1]
-        assert all(abs(g * e - 1) < 1e-12 for g, e in zip(found.gain, found.energy, strict=True))
+    assert (found.energy[0] > found.energy[1]) == (basis == "pca")
+    assert all(abs(g * e - 1) < 1e-12 for g, e in zip(found.gain, found.energy, strict=True))
+
+
+def test_slices_that_say_the_same_read_as_the_whole() -> None:
+    """Where every slice of the latent has the same scores, the gains make each one's those of mla."""
+    layer = latent_layer(16)
+    layer.weights |= {
+        "gamma_kv": torch.ones(16).double(),
+        "W_dkv": torch.cat([layer.weights["W_dkv"][:, :8].repeat(1, 2), layer.weights["W_dkv"][:, 16:]], 1),
+        "W_ukv": layer.weights["W_ukv"][:8].repeat(2, 1),
+    }
+    options = {"kv_lora_rank": 16, "qk_rope_head_dim": 4}
+    sharded = run("tpla", layer.weights, layer.x, shard_norm="sharded", shard_gain=[2.0, 2.0], **options)
+    close(sharded, run("mla", layer.weights, layer.x, **options), 1e-6)
 
 
 def test_hadamard_is_orthogonal() -> None:

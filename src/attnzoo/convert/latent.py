@@ -84,7 +84,9 @@ def tensor_parallel(layer: Layer, shards: int, basis: str = "pca", seed: int = 0
     """MLA to TPLA (2508.15881): the latent in a basis whose slices can be read apart.
 
     Folding the norm's gain and changing the basis are exact for mla; a norm and a softmax per slice are the
-    approximation.
+    approximation. A slice's scores stand for those of the whole latent, so they are divided by its share of
+    the energy; our choice is to do so in both bases (the paper says it of pca): on trained models it takes
+    most of the change of the logits away.
 
     Args:
         layer: of an mla, with symbols ``W_dkv``, ``gamma_kv``, ``W_ukv`` and the query's.
@@ -110,7 +112,7 @@ def tensor_parallel(layer: Layer, shards: int, basis: str = "pca", seed: int = 0
     else:
         raise ValueError(f"basis: must be 'pca' or 'hadamard', got {basis!r}")
     weights |= {"W_dkv": torch.cat([down @ U, rope], dim=1), "W_ukv": U.T @ up}
-    return Sharded(weights, energy, [1 / share for share in energy] if basis == "pca" else [1.0] * shards)
+    return Sharded(weights, energy, [1 / share for share in energy])
 
 
 def hadamard(n: int, seed: int) -> Tensor:
