@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SMALL = 2  # rows of the smaller operand
+
 
 def first_order(backward: Callable) -> Callable:
     """Refuse create_graph=True; torch's `once_differentiable` would let autograd.grad(..., inputs) pass."""
@@ -26,19 +28,21 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-def doubled_sums(steps: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def doubled_sums(steps: Tensor, strict: bool) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
     """Sums of `steps` (X,P,K) along time inside blocks of 1, 2, 4 ... P = 2^n tokens; updated in place.
 
-    Yields (block size, sum from the block's start up to the token, the same before the token's own step, sum
-    from after the token to the block's end). Nothing is subtracted, so nothing cancels.
+    Yields (block size, sum from the block's start up to the token, the same before the token's own step, if
+    `strict`, sum from after the token to the block's end). Nothing is subtracted, so nothing cancels.
     """
-    upto, before, after = steps.clone(), torch.zeros_like(steps), torch.zeros_like(steps)
+    upto, after = steps.clone(), torch.zeros_like(steps)
+    before = torch.zeros_like(steps) if strict else None
     size, P = 1, steps.shape[1]
     yield size, upto, before, after
     while size < P:
         left, right = _half(upto, size, 0)[:, :, -1:], _half(upto, size, 1)
         _half(after, size, 0).add_(right[:, :, -1:])
-        _half(before, size, 1).add_(left)
+        if before is not None:
+            _half(before, size, 1).add_(left)
         right.add_(left)
         size *= 2
         yield size, upto, before, after
@@ -108,18 +112,16 @@ class DiagonalProducts(torch.autograd.Function):
     def backward(ctx, *dout: Tensor) -> tuple[Tensor | None, ...]:
         steps, *operands = ctx.saved_tensors
         x, y = operands[: ctx.rows], operands[ctx.rows :]
-        dx, dy = [torch.zeros_like(z) for z in x], [torch.zeros_like(z) for z in y]
         dout = [dmatrix.contiguous() for dmatrix in dout]
-        for dmatrix, (row, column), (drow, dcolumn) in zip(dout, product(x, y), product(dx, dy), strict=True):
-            own = dmatrix.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-            drow.addcmul_(own, column)
-            dcolumn.addcmul_(own, row)
+        own = [dmatrix.diagonal(dim1=1, dim2=2).unsqueeze(-1) for dmatrix in dout]
+        dx = [_weighted_sum(own[i * len(y) : (i + 1) * len(y)], y) for i in range(len(x))]
+        dy = [_weighted_sum(own[j :: len(y)], x) for j in range(len(y))]
         for size, right, left, right_weights, left_weight in _levels(steps, x, y, ctx.before):
             dblocks = steps.new_empty(*left.shape[:2], len(x), size, len(y), size)
             for dmatrix, dblock in zip(dout, _each(dblocks), strict=True):
                 dblock.copy_(_corners(dmatrix, size))
             dblocks = dblocks.flatten(4).flatten(2, 3)
-            dright, dleft = (dblocks @ left).split(size, 2), (dblocks.mT @ right).split(size, 2)
+            dright, dleft = (_product(*z).split(size, 2) for z in ((dblocks, left), (dblocks.mT, right)))
             for drow, part, weight in zip(dx, dright, right_weights, strict=True):
                 _half(drow, size, 1).addcmul_(part, weight)
             for dcolumn, part in zip(dy, dleft, strict=True):
@@ -136,7 +138,7 @@ def _levels(steps: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], before: int
     """Yield for pairs of blocks of `size` = 1, 2, 4 ... tokens: size, the weighted rows of the right blocks
     and columns of the left ones (X,P/2size,operands*size,K), the weights by row operand and for all columns.
     """
-    for size, upto, upto_before, after in doubled_sums(steps):
+    for size, upto, upto_before, after in doubled_sums(steps, before > 0):
         if size == steps.shape[1]:
             return
         weight = _half(upto, size, 1).exp2()
@@ -147,6 +149,23 @@ def _levels(steps: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], before: int
         right = _side_by_side([_half(row, size, 1) for row in x], weights)
         left = _side_by_side([_half(column, size, 0) for column in y], [left_weight] * len(y))
         yield size, right, left, weights, left_weight
+
+
+def _product(blocks: Tensor, operand: Tensor) -> Tensor:
+    """(X,count,m,n) @ (X,count,n,K), on a CPU by element-wise steps where n is too small for its library."""
+    if not blocks.is_cpu or blocks.shape[3] > SMALL or torch.compiler.is_compiling():
+        return blocks @ operand
+    total = blocks[..., :1] * operand[:, :, :1]
+    for i in range(1, blocks.shape[3]):
+        total.addcmul_(blocks[..., i, None], operand[:, :, i, None])
+    return total
+
+
+def _weighted_sum(weights: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * parts[0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        total.addcmul_(weight, part)
+    return total
 
 
 def _side_by_side(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ def scan_chunked(
     gates = None if g is None else split_gates(g, grid, dtype)
     q, k, v = (grid.split(x, dtype) for x in (q, k, v))
     diagonal = a is not None or (g is not None and g.dim() == 4)
-    decay = (DiagonalDecay if diagonal else ScalarDecay)(gates, runs, k)
+    decay = DiagonalDecay(gates, runs, k, a is not None) if diagonal else ScalarDecay(gates, runs, k)
 
     q = decay.row(q if scale == 1 else q * scale)
     if a is not None:

@@ -209,13 +209,16 @@ class ScalarDecay(Decay):
 
 
 class DiagonalDecay(Decay):
-    """A decay per token, head and row of the state. `before` means without the token's own decay."""
+    """A decay per token, head and row of the state. `before`, there if `strict`, means without the token's
+    own decay."""
 
-    def __init__(self, gates: Tensor, runs: Runs | None, k: Tensor):
+    def __init__(self, gates: Tensor, runs: Runs | None, k: Tensor, strict: bool):
         N, B, H, self.size, _ = k.shape
         self.steps = self._to_blocks(gates.detach() * math.log2(math.e))
-        _, *sums = list(doubled_sums(self.steps))[-1]
-        upto, self.before, after = (x.unflatten(0, (N, B, H))[..., : self.size, :] for x in sums)
+        _, *sums = list(doubled_sums(self.steps, strict))[-1]
+        upto, self.before, after = (
+            None if x is None else x.unflatten(0, (N, B, H))[..., : self.size, :] for x in sums
+        )
         super().__init__(gates, upto, after, runs, k)
 
     def _to_blocks(self, x: Tensor) -> Tensor:
