@@ -1,4 +1,4 @@
-"""Chunks only decide how a recurrence is computed: all variants that have them, at sizes that fit T or not."""
+"""Chunks only decide how a recurrence is computed: all variants with them, at sizes that fit T or do not."""
 
 from __future__ import annotations
 
