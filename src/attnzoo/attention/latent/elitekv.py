@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.latent.latent import FIXED, Latent, settle
+from attnzoo.attention.latent.latent import Latent, settle
 from attnzoo.attention.stages.position import NoPosition
 from attnzoo.ops.fused import rotate
 from attnzoo.registry import Card, register
@@ -126,7 +126,6 @@ def _checked(field: str, table: Any, heads: int, r: int, total: int, layer: int)
         claims=("LLaMA2-7B and 13B: cache -75 % after uptraining on 0.6 % of the data, negligible loss",),
         small={"num_kv_heads": 2, "num_rope_pairs": 2, "kv_rank": 10},
     ),
-    fixed={"qkv_bias": FIXED["qkv_bias"]},
 )
 def elitekv(
     draft: Draft,
