@@ -229,3 +229,14 @@ def test_refused(name: str, options: dict[str, Any], field: str, value: object) 
     with pytest.raises(ValueError) as caught:
         attnzoo.create(name, D, H, **options)
     assert str(caught.value).startswith(f"{field}: ") and str(value) in str(caught.value)
+
+
+def test_grassmann_gradients_stay_small_where_tokens_repeat() -> None:
+    """Beside equal tokens the direction of a plane changes without bound; text is full of them."""
+    torch.manual_seed(0)
+    mixer = attnzoo.create("grassmann", 32, 4, rank=8)
+    word = torch.randn(1, 4, 32).repeat(1, 6, 1)
+    for noise in (0.0, 1e-7, 1e-5, 1e-3):
+        x = (word + noise * torch.randn_like(word)).requires_grad_()
+        mixer(x).square().sum().backward()
+        assert x.grad.norm() < 100, noise

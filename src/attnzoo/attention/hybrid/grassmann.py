@@ -10,7 +10,9 @@ arXiv 2512.19428.
 
 Cached: the last max(lags) vectors z. Our choice: y is added to the stream as every mixer's output is;
 ``residual=false`` gives LayerNorm(y) in place of the stream, as published. Where no pair exists g is 0, not
-b_p; heads are slices of the output, which only gates of a composition see.
+b_p; heads are slices of the output, which only gates of a composition see. Two z's at a sine below 1e-2 span
+no plane: text repeats tokens, and beside equal ones the gradient of p / |p| reaches 1e6, which drowns all
+others (gradient norms of 1e11, and nothing learned beyond the last token).
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from attnzoo.attention.own import Core, Flat
 from attnzoo.cost import Work
 from attnzoo.ops.wedge import wedge
 from attnzoo.registry import Card, register
+
+
+PARALLEL = 1e-2  # sine of the angle up to which two tokens span no plane
 
 
 class Planes(Core):
@@ -68,9 +73,11 @@ class Planes(Core):
         length = torch.linalg.vector_norm(now, dim=-1, keepdim=True)
         unit = (now / length.clamp(min=1e-18))[:, :, None]
         across = then - (then * unit).sum(-1, keepdim=True) * unit
-        size = (length * torch.linalg.vector_norm(across, dim=-1)).clamp(min=1e-6)  # (B, T, lags)
+        apart = torch.linalg.vector_norm(across, dim=-1)  # (B, T, lags)
         inside = order[..., None] >= torch.tensor(self.lags, device=order.device)
-        share = inside / (size * inside.sum(-1, keepdim=True).clamp(min=1))
+        share = inside / ((length * apart).clamp(min=1e-6) * inside.sum(-1, keepdim=True).clamp(min=1))
+        # equal tokens are common, and around them the direction of a plane, so its gradient, has no bound
+        share = torch.where(apart > PARALLEL * torch.linalg.vector_norm(then, dim=-1), share, 0.0)
         return wedge(now, (share[..., None] * then).sum(2))
 
     def memory(self) -> dict[str, Slot]:
