@@ -31,7 +31,6 @@ from attnzoo.cost import Work
 from attnzoo.ops.wedge import wedge
 from attnzoo.registry import Card, register
 
-
 PARALLEL = 1e-2  # sine of the angle up to which two tokens span no plane
 
 
