@@ -84,6 +84,7 @@ SOURCES = {
     "few": ("sqa", {"heads": 8, "num_kv_heads": 2}),
     "tiled": ("sqa", {"heads": 8, "setting": "rsqa"}),
     "unplaced": ("mha", {"pos": "none"}),
+    "unplaced biases": ("mqa", {"pos": "none", "qkv_bias": True}),
 }
 
 
@@ -106,8 +107,8 @@ def test_every_source_converts_exactly(source: str, method: str) -> None:
         "masa": {"num_atoms": 2, "share": "qkvo"},
         "xecomla": {"kv_rank": min(D, 2 * G * width), "q_rank": min(D, project.heads[0] * width)},
     }[method]
-    if options.get("qkv_bias") and not METHODS[method].biases:
-        with pytest.raises(ValueError, match=rf"^qkv_bias: {method} makes factors .*layer 0 has them"):
+    if options.get("qkv_bias") and method == "tensorllm":
+        with pytest.raises(ValueError, match=r"^qkv_bias: tensorllm makes factors .*layer 0 has them"):
             convert(model, method, **TEXT, **wanted)
         return
     new, report = convert(model, method, **TEXT, **wanted)
@@ -143,6 +144,7 @@ def test_weight_error_is_that_of_the_heads_products() -> None:
         (("gqa", {"num_kv_heads": 2}), "transmla", {"kv_rank": 3 * d, "q_rank": H * d, "freqfold": 2}),
         (("mla", {"q_lora_rank": 12}), "tpla", {"latent_shards": 4}),
         (("mla", {"latent_norm": False}), "tpla", {"basis": "hadamard"}),
+        (("mla", {"qkv_bias": True}), "tpla", {}),
     ],
     ids=str,
 )
@@ -171,10 +173,18 @@ def test_fusion_starts_at_the_source(name: str, options: dict[str, Any]) -> None
     assert new.mixers[0].options["fusion"] and new.mixers[0].project.groups[0] == [new.config["num_heads"]]
 
 
+@pytest.mark.parametrize("q_rank", [0, D])
+def test_one_key_head_is_an_mla_with_its_biases(q_rank: int) -> None:
+    """With nothing but the rotary slot no rotation is lost."""
+    source = sharp("mqa", qkv_bias=True, out_bias=True)
+    new, _ = convert(source, "transmla", **TEXT, kv_rank=d, q_rank=q_rank)
+    close(new(TEXT["held_out"]), source(TEXT["held_out"]))
+
+
 @pytest.mark.parametrize("norm", [True, False])
 def test_an_mla_of_any_widths_shards(norm: bool) -> None:
     sizes = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2}
-    source = sharp("mla", v_head_dim=5, latent_norm=norm, **sizes)
+    source = sharp("mla", v_head_dim=5, latent_norm=norm, qkv_bias=True, **sizes)
     new, _ = convert(source, "tpla", **TEXT, latent_shards=1)
     close(new(TEXT["held_out"]), source(TEXT["held_out"]), 1e-6)  # a norm per slice has an eps per slice
     new, report = convert(source, "tpla", **TEXT, latent_shards=3)

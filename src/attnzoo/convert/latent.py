@@ -102,8 +102,9 @@ def tensor_parallel(layer: Layer, shards: int, basis: str = "pca", seed: int = 0
         up = weights["gamma_kv"][:, None] * up
         weights["gamma_kv"] = torch.ones_like(weights["gamma_kv"])
     down, rope = weights["W_dkv"][:, :rank], weights["W_dkv"][:, rank:]
+    bias = weights.get("b_dkv", torch.zeros(1).to(down).expand(weights["W_dkv"].shape[1]))
     if basis == "pca":
-        c = (layer.inputs() @ down).flatten(0, 1)
+        c = (layer.inputs() @ down + bias[:rank]).flatten(0, 1)
         U = principal(c)
         spectrum = (c @ U).square().sum(0)
         energy = (spectrum.unflatten(0, (shards, -1)).sum(1) / spectrum.sum()).tolist()
@@ -112,6 +113,8 @@ def tensor_parallel(layer: Layer, shards: int, basis: str = "pca", seed: int = 0
     else:
         raise ValueError(f"basis: must be 'pca' or 'hadamard', got {basis!r}")
     weights |= {"W_dkv": torch.cat([down @ U, rope], dim=1), "W_ukv": U.T @ up}
+    if "b_dkv" in weights:
+        weights["b_dkv"] = torch.cat([bias[:rank] @ U, bias[rank:]])
     return Sharded(weights, energy, [1 / share for share in energy])
 
 

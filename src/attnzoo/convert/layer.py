@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,16 @@ class Layer:
         """Frame options of a mixer of the same heads, where they are not the defaults."""
         width = {} if self.heads * self.head_dim == len(self.weights["W_q"]) else {"head_dim": self.head_dim}
         return width | ({"qkv_bias": True} if "b_q" in self.weights else {})
+
+    def with_ones(self) -> Layer:
+        """The layer without biases: they are further rows of its matrices, for an input that is always 1."""
+        if "b_q" not in self.weights:
+            return self
+        weights = {k: v for k, v in self.weights.items() if k not in ("b_q", "b_k", "b_v")}
+        for n in "qkv":
+            weights[f"W_{n}"] = torch.cat([weights[f"W_{n}"], self.weights[f"b_{n}"][None]])
+        x = None if self.x is None else torch.nn.functional.pad(self.x, (0, 1), value=1.0)
+        return replace(self, weights=weights, x=x)
 
     def q_and_k(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
         return (self.weights["W_q"], self.heads), (self.weights["W_k"], self.kv_heads)

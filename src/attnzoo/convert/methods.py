@@ -19,7 +19,7 @@ from attnzoo.convert.layer import Layer, heads_of, side_by_side
 PLAIN = ("mha", "gqa", "mqa", "sqa", "fixed_head_size")  # separate queries, keys and values, all heads alike
 LATENT = (
     *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    *("latent_norm", "allow_expand"),
+    *("latent_norm", "allow_expand", "qkv_bias"),
 )
 
 
@@ -79,7 +79,7 @@ def to_transmla(
     """TransMLA (2502.07864). Exact: merging and turning the keys at freqfold 1, balancing, the full rank.
     Approximate: no rotation but on the shared rotary key, folding, collapsing, cutting the rank.
     """
-    made = [rope.trans_mla(x, kv_rank, q_rank, freqfold, collapse, balance) for x in layers]
+    made = [rope.trans_mla(x.with_ones(), kv_rank, q_rank, freqfold, collapse, balance) for x in layers]
     return [
         _mla(layer, found, q_rank, kv_rank, layer.head_dim, layer.head_dim // collapse)
         for layer, found in zip(layers, made, strict=True)
@@ -106,7 +106,7 @@ def to_xecomla(
         default = 0 if layer.theta is None else layer.head_dim // 4 * 2 or 2
         d_r = default if qk_rope_head_dim is None else qk_rope_head_dim
         d_n = layer.head_dim - d_r if qk_nope_head_dim is None else qk_nope_head_dim
-        found = latent.x_eco_mla(layer, kv_rank, q_rank, d_n, d_r, energy)
+        found = latent.x_eco_mla(layer.with_ones(), kv_rank, q_rank, d_n, d_r, energy)
         targets.append(_mla(layer, found, found.W_dq.shape[1], found.W_ukv.shape[0], d_n, d_r))
     return targets
 
@@ -121,7 +121,18 @@ def _mla(layer: Layer, found: rope.Latent, q_rank: int, rank: int, d_n: int, d_r
         "latent_norm": False,
         "allow_expand": True,
     }
-    return Target("mla", options, {k: v for k, v in found._asdict().items() if v is not None})
+    if "b_q" in layer.weights:
+        options["qkv_bias"] = True
+    return Target("mla", options, _biases({k: v for k, v in found._asdict().items() if v is not None}, layer))
+
+
+def _biases(weights: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+    """The last rows of the maps from x as biases, where there are any; see `Layer.with_ones`."""
+    if "b_q" not in layer.weights:
+        return weights
+    maps = ("W_dq" if "W_dq" in weights else "W_uq", "W_dkv")
+    biases = {name.replace("W", "b"): weights[name][-1] for name in maps}
+    return weights | {name: weights[name][:-1] for name in maps} | biases
 
 
 def to_mha2mla(
@@ -141,7 +152,8 @@ def to_elitekv(layers: list[Layer], *, num_rope_pairs: int, kv_rank: int) -> lis
 
 
 def _partial(layer: Layer, count: int, rank: int, strategy: str) -> Target:
-    found = rope.partial_rope(layer, rope.choose_pairs(layer, count, strategy), rank)
+    whole = layer.with_ones()
+    found = rope.partial_rope(whole, rope.choose_pairs(whole, count, strategy), rank)
     queries = [heads_of(W, layer.heads) for W in (found.W_qn, found.W_qe)]
     weights = {
         "W_uq": side_by_side(torch.cat(queries, dim=-1)),
@@ -152,7 +164,7 @@ def _partial(layer: Layer, count: int, rank: int, strategy: str) -> Target:
     options = {"num_rope_pairs": count, "kv_rank": rank, "num_kv_heads": layer.kv_heads}
     if count:
         options["rope_pairs"] = found.F.tolist()
-    return Target("elitekv", layer.options() | options, weights)
+    return Target("elitekv", layer.options() | options, _biases(weights, layer))
 
 
 def to_dha(layers: list[Layer], *, budget: int, fusion: bool = False) -> list[Target]:
@@ -232,10 +244,10 @@ def to_masa(layers: list[Layer], *, num_atoms: int, share: Literal["qkv", "qkvo"
 
 METHODS: dict[str, Method] = {
     "gqa": Method(to_gqa, PLAIN, biases=True),
-    "transmla": Method(to_transmla, PLAIN, reads_text=True),
-    "mha2mla": Method(to_mha2mla, PLAIN, reads_text=True),
-    "elitekv": Method(to_elitekv, PLAIN, reads_text=True),
-    "xecomla": Method(to_xecomla, PLAIN),
+    "transmla": Method(to_transmla, PLAIN, reads_text=True, biases=True),
+    "mha2mla": Method(to_mha2mla, PLAIN, reads_text=True, biases=True),
+    "elitekv": Method(to_elitekv, PLAIN, reads_text=True, biases=True),
+    "xecomla": Method(to_xecomla, PLAIN, biases=True),
     "dha": Method(to_dha, PLAIN, biases=True),
     "tpla": Method(to_tpla, ("mla",), reads_text=True, keeps=LATENT),
     "tensorllm": Method(to_tensorllm, PLAIN),

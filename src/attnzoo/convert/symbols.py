@@ -61,6 +61,8 @@ def _latent(project: Latent) -> dict[str, Tensor]:
         for name, symbol in LATENT.items()
         if hasattr(project, name)
     }
+    biases = {symbol.replace("W", "b"): getattr(project, name, None) for name, symbol in LATENT.items()}
+    weights |= {b: m.bias.double() for b, m in biases.items() if m is not None and m.bias is not None}
     gains = {symbol: getattr(project, name, None) for name, symbol in GAINS.items()}
     return weights | {symbol: gain.double() for symbol, gain in gains.items() if gain is not None}
 
@@ -118,8 +120,11 @@ def _write_piece(piece: nn.Module, name: str, given: Given) -> None:
 
 def _write_latent(stage: Latent, given: Given) -> None:
     for name, symbol in LATENT.items():
-        if getattr(stage, name, None) is not None:
-            getattr(stage, name).weight.copy_(given[symbol].T)
+        layer = getattr(stage, name, None)
+        if layer is not None:
+            layer.weight.copy_(given[symbol].T)
+            if layer.bias is not None:
+                layer.bias.copy_(given[symbol.replace("W", "b")])
     for name, symbol in GAINS.items():
         if getattr(stage, name, None) is not None:
             getattr(stage, name).copy_(given[symbol])
