@@ -272,6 +272,27 @@ def test_folding_and_turning_the_latent_is_exact_for_mla(basis: str) -> None:
     assert all(abs(g * e - 1) < 1e-12 for g, e in zip(found.gain, found.energy, strict=True))
 
 
+def test_the_basis_is_that_of_the_latents_with_their_biases() -> None:
+    layer = latent_layer(16)
+    layer.weights["b_dkv"] = draw(20)
+    found = tensor_parallel(layer, 2)
+    c = (layer.x @ found.weights["W_dkv"] + found.weights["b_dkv"])[..., :16].flatten(0, 1)
+    moment = c.T @ c
+    close(moment, moment.diagonal().diag())
+    close(
+        torch.tensor(found.energy, dtype=moment.dtype), moment.diagonal().view(2, 8).sum(1) / moment.trace()
+    )
+
+
+def test_biases_are_rows_for_an_input_of_one() -> None:
+    layer = source(2)
+    plain = layer.weights | {f"b_{n}": draw(layer.weights[f"W_{n}"].shape[1]) for n in "qkv"}
+    whole = Layer(plain, H, 2, d, 1e4, layer.x).with_ones()
+    for n in "qkv":
+        close(whole.inputs() @ whole.weights[f"W_{n}"], layer.x @ plain[f"W_{n}"] + plain[f"b_{n}"])
+    assert "b_q" not in whole.weights and layer.with_ones() is layer
+
+
 def test_slices_that_say_the_same_read_as_the_whole() -> None:
     """Where every slice of the latent has the same scores, the gains make each one's those of mla."""
     layer = latent_layer(16)
