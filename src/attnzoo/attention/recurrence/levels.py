@@ -16,6 +16,7 @@ Shapes: B batch, N chunks, H heads, C slots, K and V widths, M levels of whole c
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,12 +57,12 @@ class LowerInverse(torch.autograd.Function):
 
 def chunked(q: Tensor, k: Tensor, g: Tensor, beta: Tensor | None) -> Chunk:
     """What each chunk does, from q, k ``(B, N, H, C, K)``, g and beta ``(B, N, H, C)``."""
-    dtype, C = q.dtype, q.shape[3]
+    dtype = q.dtype
     # fp64 keeps the digits of a decay near 1 that follows one near 0
-    sums = g.double().clamp(min=MIN_LOG_DECAY).cumsum(-1)
-    later = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
-    pair = (sums[..., :, None] - sums[..., None, :]).masked_fill(later, float("-inf")).exp().to(dtype)
-    start, end = sums.exp().to(dtype)[..., None], (sums[..., -1:] - sums).exp().to(dtype)[..., None]
+    sums = g.double().clamp(min=MIN_LOG_DECAY).cumsum(-1) * math.log2(math.e)
+    # a sum over later tokens, above 0, may overflow
+    pair = (sums[..., :, None] - sums[..., None, :]).to(dtype).tril().exp2().tril()
+    start, end = sums.exp2().to(dtype)[..., None], (sums[..., -1:] - sums).exp2().to(dtype)[..., None]
     scores, carry = (q @ k.mT) * pair, start[..., -1:, :]
     queries, ends = q * start, (k * end).mT
     if beta is None:
@@ -105,6 +106,9 @@ def level_scan(
     o, writes = (chunk.weights * own) @ v, chunk.ends @ v
     low = previous = high = None
     inner, top = size.bit_length(), grid.levels  # levels inside a chunk, and of whole chunks
+    if states is None and grid.place is None:
+        far = _whole(chunk, writes, lam[..., inner : inner + top], beta is not None)
+        return grid.join(o if far is None else o + far, T).to(out_dtype), None
     if states is not None:
         aligned = _per_row(grid.first == 0, 4)
         began = _per_row(grid.first + grid.index[:, 0] > 0, 4)
@@ -137,6 +141,27 @@ def _per_row(flags: Tensor, more: int) -> Tensor:
 def _carried(carry: Tensor, states: Tensor, full: bool) -> Tensor:
     """States ``(B, M, H, K, V)`` over one chunk."""
     return carry[:, None] @ states if full else carry[:, None] * states
+
+
+def _whole(chunk: Chunk, writes: Tensor, lam: Tensor, full: bool) -> Tensor | None:
+    """What chunks of one document, from its start on, read of levels: only of those that hold something.
+
+    Args:
+        lam: ``(B, N, H, C, M)`` weights of the levels of whole chunks.
+    """
+    outs, levels, previous = [], {}, None
+    parts = (chunk.queries, chunk.carry, lam, writes)
+    for n, (q, carry, weights, write) in enumerate(zip(*(z.unbind(1) for z in parts), strict=True)):
+        if n:
+            merged, joined = (n & -n).bit_length(), previous
+            for level in [level for level in levels if level < merged]:
+                joined = joined + levels.pop(level)
+            levels[merged] = joined
+            weights = weights.unbind(-1)
+            outs.append(sum(weights[level - 1][..., None] * (q @ state) for level, state in levels.items()))
+        levels = {level: carry @ state if full else carry * state for level, state in levels.items()}
+        previous = write
+    return torch.stack([torch.zeros_like(outs[0]), *outs], dim=1) if outs else None
 
 
 def _pass(

@@ -82,19 +82,19 @@ class LevelScan(Stage):
         yield Work("gates", "level weights", 2 * length * self.dim * heads * self.levels, per_head=True)
         C = chunk_of(self.chunk_size, length)
         N = -(-length // C)
-        top = (N - 1).bit_length()
+        levels = sum(i.bit_count() for i in range(N))
         rest = length - (N - 1) * C
         found = [(min(C, rest) if i == N - 1 else C, i.bit_count()) for i in range(N)]
         method = heads * sum(self._method(n, states, K, V) for n, states in found)
         # scores are made before the gates tell the states of a group apart
         method -= (heads - self.groups) * sum(2 * K * self._scored(n) for n, _ in found)
-        runs = 2 * C * C * (K + V) + 2 * C * K * V + 2 * C * top * K * V
+        runs = N * (2 * C * C * (K + V) + 2 * C * K * V) + 2 * C * levels * K * V
         if self.delta:
             inverse = 2 * C * (C * C - 4) // 3 if C > 1 else 0
-            runs += 2 * C * C * K * 3 + 2 * C**3 + inverse + 2 * C * K * K + 2 * top * K * K * V
-        reason = "later tokens of a chunk, empty levels"
+            runs += N * (2 * C * C * K * 3 + 2 * C**3 + inverse + 2 * C * K * K) + 2 * levels * K * K * V
+        reason = "later tokens of a chunk"
         reason += ", scores that states share" if self.groups < heads else ""
-        yield Work("mixing", "scan by levels", method, heads * N * runs, reason, per_head=True)
+        yield Work("mixing", "scan by levels", method, heads * runs, reason, per_head=True)
 
     def _scored(self, n: int) -> int:
         """Pairs of n tokens that have a score of queries and keys, or of keys with keys."""
