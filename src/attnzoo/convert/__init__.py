@@ -1,7 +1,8 @@
 """Checkpoints of one variant as a start for another: see `convert` and ``METHODS``."""
 
-from attnzoo.convert.methods import METHODS, Method, Target
+from attnzoo.convert.methods import METHODS
 from attnzoo.convert.model import Report, convert
 from attnzoo.convert.recency import recency_heads
+from attnzoo.convert.target import Method, Target
 
 __all__ = ["METHODS", "Method", "Report", "Target", "convert", "recency_heads"]

@@ -7,44 +7,14 @@ the source is what `convert` measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from attnzoo.convert import factors, heads, latent, rope
 from attnzoo.convert.layer import Layer, heads_of, side_by_side
-
-PLAIN = ("mha", "gqa", "mqa", "sqa", "fixed_head_size")  # separate queries, keys and values, all heads alike
-LATENT = (
-    *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    *("latent_norm", "allow_expand", "qkv_bias"),
-)
-
-
-class Target(NamedTuple):
-    """One layer of the result: a variant, the options beside those it keeps, its weights by symbol."""
-
-    name: str
-    options: dict[str, Any]
-    weights: dict[str, Tensor]
-
-
-class Method(NamedTuple):
-    """A conversion.
-
-    Args:
-        sources: variants it reads. reads_text: whether it needs calibration text.
-        biases: whether the target has biases of queries, keys and values.
-        keeps: options of the source that the target has too, beside those of the frame.
-    """
-
-    run: Callable[..., list[Target]]
-    sources: tuple[str, ...]
-    reads_text: bool = False
-    biases: bool = False
-    keeps: tuple[str, ...] = ()
+from attnzoo.convert.target import LATENT, PLAIN, Method, Target
 
 
 def to_gqa(

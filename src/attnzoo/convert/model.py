@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from attnzoo import options as opts
 from attnzoo.convert.distance import weight_error
 from attnzoo.convert.layer import Layer
-from attnzoo.convert.methods import METHODS, Method, Target
+from attnzoo.convert.methods import METHODS
 from attnzoo.convert.symbols import read, write
+from attnzoo.convert.target import Method, Target
 from attnzoo.model import LanguageModel, create_model
 
 KEPT = ("rope_theta", "pos", "window", "n_sink", "norm_eps", "out_bias")  # frame options that a target keeps

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from attnzoo.attention.stages.mask import band
 from attnzoo.convert.layer import Layer, by_head
-from attnzoo.convert.methods import PLAIN
 from attnzoo.convert.model import layers_of
 from attnzoo.convert.rope import turn_pairs
+from attnzoo.convert.target import PLAIN
 from attnzoo.model import LanguageModel
 
 
