@@ -157,7 +157,6 @@ REFUSED = [
     ("mhla_linear", {"num_blocks": 0}, "num_blocks", 0),
     ("mhla_linear", {"expand_k": 0.0}, "expand_k", 0.0),
     ("mhla_linear", {"chunk_size": 8}, "chunk_size", 8),
-    ("mhla_linear", {"output_gate": "headwise"}, "output_gate", "headwise"),
 ]
 
 

@@ -123,7 +123,7 @@ REFUSED = [
     ("fast_factorizable", {"order": 3}, "order", 3),
     ("fast_factorizable", {"head_dim": 80}, "head_dim", 80),
     ("fast_factorizable", {"window": 4}, "window", 4),
-    ("fast_factorizable", {"mode": "quadratic", "chunk_size": 8}, "option", "chunk_size"),
+    ("fast_factorizable", {"mode": "quadratic", "chunk_size": 8}, "chunk_size", 8),
 ]
 
 

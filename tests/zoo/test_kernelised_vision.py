@@ -110,7 +110,6 @@ def test_rala_stays_finite_where_exp_overflows() -> None:
 REFUSED = [
     ("mala", {"lepe_kernel": -2}, "lepe_kernel", -2),
     ("mala", {"mala_norm": "max"}, "mala_norm", "max"),
-    ("mala", {"output_gate": "headwise"}, "output_gate", "headwise"),
     ("rala", {"mode": "bidirectional"}, "mode", "bidirectional"),
     ("rala", {"mode": "prefix_exact", "impl": "triton"}, "impl", "triton"),
     ("rala", {"chunk_size": 0}, "chunk_size", 0),

@@ -54,7 +54,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, object]] = [
     ("elitekv", {"rope_pairs": [[2]] * 4, "num_rope_pairs": 1}, "rope_pairs", [2]),
     ("elitekv", {"rope_pairs": "middle"}, "rope_pairs", "middle"),
     ("elitekv", {"rope_theta": 0.0}, "rope_theta", 0.0),
-    ("elitekv", {"qkv_bias": True}, "qkv_bias", True),
 ]
 
 

@@ -38,17 +38,25 @@ def turned(vector: Tensor, place: int) -> Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()])
 
 
-def mega(mixer: Mixer, x: Tensor, stream: Tensor, act: str, chunk: int | None, table: int) -> Tensor:
+def rms(z: Tensor, gain: Tensor) -> Tensor:
+    return z / (z.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def mega(
+    mixer: Mixer, x: Tensor, stream: Tensor, act: str, chunk: int | None, table: int, window: int | None = None
+) -> Tensor:
     core, n = mixer.core, norm(x, mixer.core.ln_gain, mixer.core.ln_bias)
     m = silu(average(core.ema, n))
     v = silu(affine(n, core.value))
     u, z, r, c = affine(m, core.mixed).split(core.parts, dim=-1)
     u, z, r = torch.sigmoid(u), silu(z), silu(r)
     q, k = (z * core.gamma_z[i] + core.beta_z[i] for i in (0, 1))
+    if core.norm is not None:
+        q, k = rms(q, core.norm.q_gain), rms(k, core.norm.k_gain)
     outs = []
     for i in range(len(x)):
         start = i // chunk * chunk if chunk else 0
-        seen = range(start, i + 1)
+        seen = range(max(start, i + 1 - window) if window else start, i + 1)
         scale = 1 / math.sqrt(core.z_dim) if act == "softmax" else 1 / len(seen)
         s = []
         for j in seen:
@@ -78,6 +86,15 @@ def test_mega_by_its_equations(act: str, bias: str, chunk: int | None) -> None:
     mixer, x, stream = build("mega", **options), tokens(2, 13, D), tokens(2, 13, D)
     want = [mega(mixer, a, b, act, chunk, chunk or 20) for a, b in zip(x, stream, strict=True)]
     torch.testing.assert_close(mixer(x, Context(residual=stream)), torch.stack(want), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", ["simple", "rotary"])
+@pytest.mark.parametrize("act, chunk, window", [("softmax", None, 3), ("relu2", 7, 5), ("laplace", 4, 6)])
+def test_mega_in_a_window_with_normed_queries(act: str, chunk: int | None, window: int, bias: str) -> None:
+    options = {"attn_act": act, "rel_pos_bias": bias, "attn_chunk": chunk, "window": window, "qk_norm": True}
+    mixer, x = build("mega", ema_dim=3, **options), tokens(1, 13, D)
+    want = mega(mixer, x[0], x[0], act, chunk, min(chunk or window, window), window)
+    torch.testing.assert_close(mixer(x)[0], want, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("truncation", [1, 5, 40])

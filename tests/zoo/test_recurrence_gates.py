@@ -225,10 +225,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, object]] = [
     ("deltanet", {"qk_activation": "gelu"}, "qk_activation", "gelu"),
     ("deltanet", {"conv_kernel": 0}, "conv_kernel", 0),
     ("deltanet", {"num_kv_heads": 3}, "num_kv_heads", 3),
-    ("deltanet", {"use_gate": True, "output_gate": "headwise"}, "output_gate", "headwise"),
     ("retnet", {"expand_v": 0.3}, "expand_v", 0.3),
     ("retnet", {"head_dim": 5}, "head_dim", 5),
-    ("retnet", {"output_gate": "elementwise"}, "output_gate", "elementwise"),
     ("retnet", {"window": 4}, "window", "4"),
     ("gla", {"expand_k": 0.1}, "expand_k", 0.1),
     ("gla", {"expand_k": 0.3125}, "expand_k", 0.3125),
@@ -283,10 +281,6 @@ TOPS: list[dict[str, Any]] = [
     {"qk_norm": True},
 ]
 IMPOSSIBLE = {
-    "retnet": ("output_gate",),
-    "lightning_attention": ("output_gate",),
-    "gla": ("output_gate",),
-    "kda": ("output_gate",),
     "mamba2": ("num_kv_heads",),
     "log_linear": ("num_kv_heads",),
     "rwkv7": ("pos", "num_kv_heads", "qkv_bias"),

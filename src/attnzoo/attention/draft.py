@@ -44,6 +44,7 @@ class Draft:
         borrows: keys and values are another layer's; refine stages change queries only.
         within: added variants (name, frames, change) that fit a branch of this mixer, not its own frame.
         lends: the name under which later layers find this layer's keys ("" = they do not).
+        built: the widths of heads when a variant put its projection.
     """
 
     frame: type[Frame]
@@ -71,24 +72,32 @@ class Draft:
     objective: BlockDiffusion | None = None
     single_residual: bool = False
     lends: str = ""
+    built: tuple[int, int, int] | None = None
 
     @property
     def qk_width(self) -> int:
         return self.head_dim + self.rotary
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(heads, width) of q, k and v as refine stages see them."""
+    def shapes(self, projected: bool = False) -> dict[str, tuple[int, int]]:
+        """(heads, width) of q, k and v as refine stages see them: feature maps and what comes after them, or,
+        ``projected``, what comes before.
+        """
+        width = (projected and self.project_width) or self.head_dim
         more = self.o_heads > self.num_heads
         v_heads = self.num_v_heads or (max(self.num_kv_heads, self.o_heads) if more else self.num_kv_heads)
         return {
-            "q": (self.num_heads, self.head_dim),
-            "k": (self.num_kv_heads, self.head_dim),
+            "q": (self.num_heads, width),
+            "k": (self.num_kv_heads, width),
             "v": (v_heads, self.v_head_dim),
         }
 
     def last(self, hook: Callable[[Draft], None]) -> None:
         """Runs ``hook`` after all variants of the composition."""
         self.hooks.append((self.current, hook))
+
+    def before_others(self, hook: Callable[[Draft], None]) -> None:
+        """Runs ``hook`` before the hooks of `last`: for widths that those build stages for."""
+        self.hooks.insert(0, (self.current, hook))
 
     def very_last(self, hook: Callable[[Draft], None]) -> None:
         """Runs ``hook`` after every hook of `last`: for what those may still change."""
@@ -131,6 +140,8 @@ class Draft:
                 f"add: {self.owner[slot]} and {self.current} both set {slot!r}; leave one of them out"
             )
         self.slots[slot], self.owner[slot] = stage, self.current
+        if slot == "project":
+            self.built = (self.head_dim, self.rotary, self.v_head_dim)
 
     def fill(self, slot: str, make: Callable[[], Stage]) -> Stage:
         """The slot's stage, made now if no variant put one."""
@@ -185,10 +196,32 @@ def check_groups(draft: Draft) -> None:
         raise ValueError(f"num_kv_heads: must divide num_heads={H}, got {G}; choose one of {_divisors(H)}")
 
 
+def check_widths(draft: Draft) -> None:
+    """Whether heads are still as wide as the projection of a variant makes them."""
+    now = (draft.head_dim, draft.rotary, draft.v_head_dim)
+    if draft.built not in (None, now):
+        raise ValueError(
+            f"add: {draft.owner['project']} makes heads of {draft.built} channels (content, rotary, value), "
+            f"another variant of the composition wants {now}; leave one of them out"
+        )
+
+
+def check_tails(draft: Draft) -> None:
+    """A late projection makes all keys anew at every read, so none are left from the tokens before."""
+    project = draft.slots["project"]
+    for stage in draft.slots["refine"] if project.late else ():
+        if set(stage.sides) & set("kv") and any(s.kind == "tail" for s in stage.memory().values()):
+            raise ValueError(
+                f"add: {type(stage).__name__} mixes keys with those of the tokens before, which a latent "
+                "projection does not have before its cache; leave one of them out"
+            )
+
+
 class ScoreFrame(Frame):
     """`ScoreAttention`: softmax over dot products, RoPE, a causal mask, unless a variant says otherwise."""
 
     title = "ScoreAttention"
+    absent: Mapping[str, str] = {"chunk_size": "queries meet their keys at once, without chunks of a state"}
     lacks = "it keeps keys, not a state that a recurrence could change"
     slots = (
         "project", "refine", "position", "score", "mask", "normalise", "read", "combine", "out", "after"
@@ -234,6 +267,8 @@ class ScoreFrame(Frame):
             ),
         )
         check_groups(draft)
+        check_widths(draft)
+        check_tails(draft)
         project.lends = draft.lends
         if host["qk_norm"]:
             sides = "q" if draft.borrows else "qk"
@@ -342,6 +377,11 @@ class OwnFrame(Frame):
         "window": "this architecture sets by its own options how far it looks back",
         "n_sink": "this architecture sets by its own options how far it looks back",
         "qk_norm": "this architecture has no heads of queries and keys",
+        "qkv_bias": "this architecture's projections are of other things, with biases where it has them",
+        "pos": "positions enter by this architecture's own options, or not at all",
+        "rope_theta": "positions enter by this architecture's own options, or not at all",
+        "head_dim": "this architecture sets its widths by its own options",
+        "chunk_size": "this architecture sets by its own options how it is computed",
     }
     slots = ("core", "combine", "out", "after")
 
@@ -374,10 +414,6 @@ def add_gate(draft: Draft) -> None:
     kind = draft.host["output_gate"]
     if kind == "none":
         return
-    if any(isinstance(stage, Gate) for stage in draft.slots["combine"]):
-        raise ValueError(
-            f"output_gate: the variant already gates its output, got {kind!r}; leave it at 'none'"
-        )
     gate = Gate(draft.site, draft.dim, draft.o_heads, draft.v_head_dim, torch.sigmoid, kind == "elementwise")
     draft.slots["combine"].append(gate)
 

@@ -55,6 +55,7 @@ class SegmentRank(Stage):
 
     rank = 60
     exact = False
+    sides = "q"
 
     def __init__(
         self,

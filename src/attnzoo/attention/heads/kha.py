@@ -119,6 +119,6 @@ def kha(
         # borrowed keys and values were mapped by the layer that made them
         own = tuple(t for t in chosen if t == "q") if done.borrows else chosen
         if own:
-            done.put("refine", SharedHeadMap(done.shapes(), kind, own, decay_shared))
+            done.put("refine", SharedHeadMap(done.shapes(projected=True), kind, own, decay_shared))
 
     draft.last(complete)

@@ -108,6 +108,7 @@ def hymba(
     pos: Literal["rope", "none"] = "rope",
     rope_theta: float = 10000.0,
     qk_norm: bool = False,
+    qkv_bias: bool = False,
 ) -> None:
     """Sets the two branches and their mean.
 
@@ -119,7 +120,7 @@ def hymba(
         v_expand: D_i / D, at least 1.
         ssm_core: state space branch. state_size: N. dt_rank: of mamba1, default D / 16, up.
         conv_kernel: taps.
-        pos, rope_theta, qk_norm: of the attention branch.
+        pos, rope_theta, qk_norm, qkv_bias: of the attention branch.
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: half of one normed branch where the other's norm has no gain; its attention branch is gqa at
@@ -166,6 +167,7 @@ def hymba(
         pos=pos,
         rope_theta=rope_theta,
         qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
         norm_eps=eps,
     )
     rank = default_rank(draft.dim) if dt_rank is None else dt_rank

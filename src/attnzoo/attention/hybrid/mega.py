@@ -32,7 +32,8 @@ from attnzoo.attention.hybrid.bias import RotaryBias, TableBias
 from attnzoo.attention.hybrid.ema import DampedAverage
 from attnzoo.attention.memory import Retain, Slot
 from attnzoo.attention.own import Core
-from attnzoo.attention.stages.mask import Blocks, Causal
+from attnzoo.attention.stages.mask import Blocks, band
+from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 from attnzoo.registry import Card, register
@@ -42,8 +43,9 @@ class GatedHead(Core):
     """EMA, one head of attention, its reset gate; what the output needs lies in ``call.notes``.
 
     Args:
-        sizes: Z, E. ema: the average. act: of the scores. chunk: tokens attention reaches; None = all.
-        bias: the relative bias. limit: positions it knows; None = all. eps: of the LayerNorm.
+        sizes: Z, E. ema: the average. act: of the scores. chunk, window: tokens attention reaches; None =
+            all. bias: the relative bias. limit: positions it knows; None = all. eps: of the norms.
+        qk_norm: RMSNorm of queries and keys.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class GatedHead(Core):
         ema: DampedAverage,
         act: str,
         chunk: int | None,
+        window: int | None,
         bias: nn.Module,
         limit: int | None,
         eps: float,
+        qk_norm: bool,
     ) -> None:
         super().__init__()
         self.dim, (self.z_dim, self.h_dim) = draft.dim, sizes
@@ -69,7 +73,9 @@ class GatedHead(Core):
         self.mixed = site.weights.linear("mixed", draft.dim, sum(self.parts), True, parts=self.parts)
         self.gamma_z = flag(nn.Parameter(0.02 * torch.randn(2, self.z_dim)), reinit=False)
         self.beta_z = flag(nn.Parameter(torch.zeros(2, self.z_dim)), decay=False, reinit=False)
-        self.mask = Causal() & Blocks(chunk) if chunk else Causal()
+        self.norm = QKNorm(self.z_dim, eps) if qk_norm else None
+        self.window, near = window, band(window)
+        self.mask = near & Blocks(chunk) if chunk else near
 
     def forward(self, call: Call) -> Tensor:
         """``(B, T, 1, E)``: what attention reads, under the reset gate."""
@@ -79,10 +85,12 @@ class GatedHead(Core):
         v = F.silu(self.value(normed))
         u, z, r, call.notes["candidate"] = self.mixed(F.silu(self.ema(normed, call))).split(self.parts, -1)
         call.notes["update"] = torch.sigmoid(u)
-        q, k = (F.silu(z) * g + b for g, b in zip(self.gamma_z, self.beta_z, strict=True))
+        q, k = ((F.silu(z) * g + b)[:, None] for g, b in zip(self.gamma_z, self.beta_z, strict=True))
+        if self.norm is not None:
+            q, k, _ = self.norm(q, k, v, call)
         rows = call.mem.rows
-        keys = Keys(rows("k", k[:, None]), rows("v", v[:, None]), call.mem.axis(), call.mem.aligned)
-        o = self._attend(q[:, None], keys, call)[:, 0]
+        keys = Keys(rows("k", k), rows("v", v[:, None]), call.mem.axis(), call.mem.aligned)
+        o = self._attend(q, keys, call)[:, 0]
         return (o * F.silu(r))[:, :, None]
 
     def _attend(self, q: Tensor, keys: Keys, call: Call) -> Tensor:
@@ -113,7 +121,8 @@ class GatedHead(Core):
         order = call.line.order.double()
         if self.act == "softmax":
             return torch.full_like(order[:, None, :, None], self.z_dim**-0.5)
-        return 1 / ((order % self.chunk if self.chunk else order) + 1)[:, None, :, None]
+        seen = (order % self.chunk if self.chunk else order) + 1
+        return 1 / (seen.clamp(max=self.window) if self.window else seen)[:, None, :, None]
 
     def _table(self, geo: Geo, pos: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
         """``(B or 1, 1, t, S)``."""
@@ -140,7 +149,7 @@ class GatedHead(Core):
         return rows | self.ema.memory()
 
     def retain(self) -> Retain | None:
-        return Retain(0, self.chunk) if self.chunk else None
+        return self.mask.retain()
 
     def work(self, length: int) -> Iterable[Work]:
         yield from self.ema.work(length)
@@ -213,6 +222,8 @@ def mega(
     rel_pos_bias: Literal["simple", "rotary"] = "simple",
     attn_chunk: int | None = None,
     truncation: int | None = None,
+    window: int | None = None,
+    qk_norm: bool = False,
 ) -> None:
     """Sets core and output.
 
@@ -220,8 +231,9 @@ def mega(
         z_dim: Z, even with the rotary bias; default D / 4, rounded down to an even number, at least 2.
         h_dim: E; default 2 D. ema_dim: N.
         attn_act: softmax (language), laplace or relu2.
-        rel_pos_bias: a table, which ends at max_seq_len (or attn_chunk), or two rotated vectors.
+        rel_pos_bias: a table, which ends at max_seq_len (or attn_chunk, or window), or two rotated vectors.
         attn_chunk: attention inside fixed chunks of the document only; default all of the past.
+        window: only the last so many tokens, the own one included. qk_norm: RMSNorm of queries and keys.
         truncation: lags of the average that count, at least 1; default all (released: 8192).
 
     Shape: (B, T, D) -> (B, T, D). There is one head whatever num_heads says.
@@ -233,14 +245,14 @@ def mega(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
-    limit = None
+    reach, longest, limit = min(filter(None, (attn_chunk, window)), default=None), draft.site.max_len, None
     if rel_pos_bias == "rotary":
         bias: nn.Module = RotaryBias(Z)
     else:
-        limit = None if attn_chunk else draft.site.max_len
-        bias = TableBias(attn_chunk or draft.site.max_len)
+        limit = None if reach else longest
+        bias = TableBias(reach or longest)
     ema, eps = DampedAverage(draft.dim, ema_dim, truncation), draft.host["norm_eps"]
-    core = GatedHead(draft, (Z, E), ema, attn_act, attn_chunk, bias, limit, eps)
+    core = GatedHead(draft, (Z, E), ema, attn_act, attn_chunk, window, bias, limit, eps, qk_norm)
     draft.o_heads, draft.v_head_dim = 1, E
     draft.put("core", core)
     draft.put("out", Update(draft, E))

@@ -93,6 +93,7 @@ def recurformer(
     pos: Literal["rope", "none"] = "rope",
     rope_theta: float = 10000.0,
     qk_norm: bool = False,
+    qkv_bias: bool = False,
 ) -> None:
     """Sets the attention branch and the recurrent branch.
 
@@ -101,7 +102,7 @@ def recurformer(
         recurrent_fraction: rho in [0, 1]. recurrent_heads: R itself, instead.
         core: of the recurrent heads. state_size: N, default 64 (mamba1: 16). conv_kernel: taps.
         dt_rank: of mamba1, default D / 16, up.
-        window, n_sink, pos, rope_theta, qk_norm: of the attention heads.
+        window, n_sink, pos, rope_theta, qk_norm, qkv_bias: of the attention heads.
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: mha (gqa) with recurrent_fraction = 0; the core and W_o with 1.
@@ -128,6 +129,7 @@ def recurformer(
             pos=pos,
             rope_theta=rope_theta,
             qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
             norm_eps=eps,
         )
         branches.append(attention)

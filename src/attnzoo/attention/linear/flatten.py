@@ -117,7 +117,7 @@ def flatten(
         plain_sum(done)
         shapes = done.shapes()
         if learned_pos:
-            done.put("refine", KeyTable(*shapes["k"], done.site.max_len))
+            done.put("refine", KeyTable(*done.shapes(projected=True)["k"], done.site.max_len))
         done.put("refine", Focus(shapes, focusing_factor, norm_scope == "head"))
         done.scale = 1.0
         done.put("combine", Normaliser(done.o_heads, done.num_kv_heads, done.head_dim))

@@ -36,12 +36,6 @@ from attnzoo.registry import Card, register
         small={"chunk_size": 4},
     ),
     frames=("recurrent",),
-    fixed={
-        "pos": "order comes from the recurrence and the convolutions",
-        "rope_theta": "there is no rotary embedding",
-        "num_kv_heads": "key heads are the query heads; use num_v_heads for more value heads",
-        "qkv_bias": "the convolutions follow a bias-free projection",
-    },
 )
 def gated_deltanet(
     draft: Draft,

@@ -187,11 +187,12 @@ def linear(
         phi = FeatureMap(feature_map, done.shapes(), nu)
         done.put("refine", phi)
         # the projection keeps the head's width, everything after the map sees the features'
-        done.project_width, done.head_dim = done.head_dim, done.head_dim * phi.growth
+        done.project_width, done.head_dim = done.project_width or done.head_dim, done.head_dim * phi.growth
         if normalize:
             done.scale = 1.0
             done.put("combine", Normaliser(done.o_heads, done.num_kv_heads, done.head_dim))
         else:
             done.put("combine", HeadNorm(done.v_head_dim, done.host["norm_eps"]))
 
-    draft.last(complete)
+    wider = feature_map in ("hedgehog", "dpfp")
+    (draft.before_others if wider else draft.last)(complete)

@@ -197,10 +197,11 @@ def mhla_linear(
     def complete(done: Draft) -> None:
         plain_sum(done)
         if use_short_conv:
-            done.put("refine", ShortConv(list(done.shapes().values()), conv_kernel, [F.silu] * 3))
+            shapes = list(done.shapes(projected=True).values())
+            done.put("refine", ShortConv(shapes, conv_kernel, [F.silu] * 3))
         phi = FeatureMap(feature_map, done.shapes())
         done.put("refine", phi)
-        done.project_width, done.head_dim = done.head_dim, done.head_dim * phi.growth
+        done.project_width, done.head_dim = done.project_width or done.head_dim, done.head_dim * phi.growth
         scale = done.head_dim**-0.5 if done.scale is None else done.scale
         done.put("scan", BlockMix((done.o_heads, done.head_dim, done.v_head_dim), L, block_size, scale))
         done.put("combine", HeadNorm(done.v_head_dim, done.host["norm_eps"]))

@@ -112,10 +112,8 @@ def kv_shift(
     def complete(done: Draft) -> None:
         if done.borrows:  # what is borrowed was shifted by the layer that made it
             return
-        shapes = {side: done.shapes()[side] for side in sides}
-        if done.project_width:
-            shapes = {s: (h, done.project_width if s == "k" else d) for s, (h, d) in shapes.items()}
-        done.put("refine", TokenShift(shapes, shift_init))
+        shapes = done.shapes(projected=True)
+        done.put("refine", TokenShift({side: shapes[side] for side in sides}, shift_init))
 
     draft.last(complete)
     draft.very_last(early)
