@@ -95,6 +95,12 @@ def test_refused(options: dict[str, Any], message: str) -> None:
         recency_heads(attnzoo.create_model("linear", **SIZES), TEXT, rr_window=3)
 
 
+def test_learned_tokens_before_the_text_are_read_too() -> None:
+    model = drawn(prefix_tokens=3)
+    (first, _) = recency_heads(model, TEXT, rr_window=3)
+    assert len(first) == 2
+
+
 @pytest.mark.parametrize("groups, count", [(4, 3), (2, 2), (1, 0)])
 def test_a_fraction_is_rounded_down_to_whole_groups(groups: int, count: int) -> None:
     chosen = recency_heads(drawn(num_kv_heads=groups), TEXT, rr_window=3, recurrent_fraction=0.75)

@@ -45,7 +45,7 @@ def recency_heads(
         raise ValueError(f"rr_window: must be in 1..{longest}, below the text's length, got {rr_window}")
     chosen = []
     for mixer, layer in zip(model.mixers, layers_of(model, "recency_heads", PLAIN, calibration), strict=True):
-        seen = band(mixer.options["window"], mixer.options["n_sink"]).dense(calibration.shape[1])
+        seen = band(mixer.options["window"], mixer.options["n_sink"]).dense(layer.inputs().shape[1])
         size = layer.heads // layer.kv_heads
         ratio = recency_ratio(layer, rr_window, seen).unflatten(0, (-1, size)).mean(1)
         if rr_threshold is None:
