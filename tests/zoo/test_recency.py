@@ -96,7 +96,7 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_learned_tokens_before_the_text_are_read_too() -> None:
-    model = drawn(prefix_tokens=3)
+    model = drawn(num_kv_heads=4, prefix_tokens=3)
     (first, _) = recency_heads(model, TEXT, rr_window=3)
     assert len(first) == 2
 
