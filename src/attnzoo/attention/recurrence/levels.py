@@ -31,12 +31,17 @@ from attnzoo_kernels.scan.decay import MIN_LOG_DECAY
 class Chunk(NamedTuple):
     """All chunks by what they do: P ``(B, N, H, C, C)``, Q ``(.., C, K)``, ends ``(.., K, C)`` of the keys at
     the chunk's last slot, and Phi, ``(.., 1, 1)`` or ``(.., K, K)``.
+
+    Where a token's decay is one number, that is left out of Q and ends: ``start`` ``(.., C, 1)`` goes to
+    the weights of what is read and ``end`` to the values, which are narrower.
     """
 
     weights: Tensor
     queries: Tensor
     ends: Tensor
     carry: Tensor
+    start: Tensor | None = None
+    end: Tensor | None = None
 
 
 class LowerInverse(torch.autograd.Function):
@@ -64,9 +69,9 @@ def chunked(q: Tensor, k: Tensor, g: Tensor, beta: Tensor | None) -> Chunk:
     pair = (sums[..., :, None] - sums[..., None, :]).to(dtype).tril().exp2().tril()
     start, end = sums.exp2().to(dtype)[..., None], (sums[..., -1:] - sums).exp2().to(dtype)[..., None]
     scores, carry = (q @ k.mT) * pair, start[..., -1:, :]
-    queries, ends = q * start, (k * end).mT
     if beta is None:
-        return Chunk(scores, queries, ends, carry)
+        return Chunk(scores, q, k.mT, carry, start, end)
+    queries, ends = q * start, (k * end).mT
     inverse = LowerInverse.apply((k * beta[..., None]) @ k.mT * pair) * beta[..., None, :]
     weights, ends, k = scores @ inverse, ends @ inverse, k * start
     eye = torch.eye(k.shape[-1], dtype=dtype, device=k.device)
@@ -103,7 +108,10 @@ def level_scan(
     slot = torch.arange(size, device=q.device)
     table = bits(slot[:, None] ^ slot)
     own = lam.gather(-1, table.expand(*lam.shape[:-1], size))
-    o, writes = (chunk.weights * own) @ v, chunk.ends @ v
+    o = (chunk.weights * own) @ v
+    if chunk.start is not None:
+        lam, v = lam * chunk.start, v * chunk.end
+    writes = chunk.ends @ v
     low = previous = high = None
     inner, top = size.bit_length(), grid.levels  # levels inside a chunk, and of whole chunks
     if states is None and grid.place is None:
