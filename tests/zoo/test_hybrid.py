@@ -187,6 +187,15 @@ def test_grassmann_lags() -> None:
     same(one(x), other(x))
 
 
+def test_grassmann_reaches_as_far_as_its_layers_add_up() -> None:
+    first, second = (build("grassmann", rank=4, lags=lags) for lags in ((1, 3), (2, 4)))
+    x = tokens().requires_grad_()
+    (grad,) = torch.autograd.grad(second(first(x))[:, T - 1].sum(), x)
+    seen = grad.abs().amax((0, 2)) > 0
+    reach = {0} | {a + b for a in (0, 1, 3) for b in (0, 2, 4)}
+    assert [T - 1 - t for t in range(T) if seen[t]] == sorted((n for n in reach if n < T), reverse=True)
+
+
 def test_grassmann_without_residual_leaves_the_norm_in_the_stream() -> None:
     mixer, plain = build("grassmann", residual=False), build("grassmann")
     plain.load_state_dict({k: v for k, v in mixer.state_dict().items() if k.startswith("core")})
