@@ -353,14 +353,18 @@ def _sort_options(
             if option not in tables[""]:
                 continue
             against = next((o for o in (entry, *adds) if option in o.fixed and o is not e), None)
+            before = chosen[""][option] if option in set_by else value
+            if option in options and (against or before != value):
+                continue  # the caller decides
             if against:
                 raise ValueError(
                     f"{option}: {against.fixed[option]}, got {value!r} by {e.card.name}; "
                     f"leave {e.card.name} or {against.card.name} out"
                 )
-            if option in set_by and chosen[""][option] != value:
+            if before != value:
                 raise ValueError(
-                    f"add: {set_by[option]} and {e.card.name} both preset {option}; leave one of them out"
+                    f"add: {set_by[option]} presets {option}={before!r}, {e.card.name} {value!r}; "
+                    f"set {option}, or leave one of them out"
                 )
             chosen[""][option], set_by[option] = value, e.card.name
     for key, value in opts.flatten(options, members).items():

@@ -60,6 +60,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("hymba", {"add": "sqa"}, r"^add: two branches of 4 heads, 16 wide, are averaged, got 2 heads.* sqa;"),
     ("hymba", {"add": "cca", "v_expand": 1}, r"^add: two branches of 4 heads, 8 wide, .*4 wide, with cca;"),
     ("recurrent_memory_chunked", {"add": "dcmha"}, r"^mem_slots: a score of its own compares tokens.*got 32"),
+    (
+        "mixattention",
+        {"add": "sliding_window"},
+        r"^add: mixattention presets window=1024, sliding_window 128; set window, or leave",
+    ),
+    ("l2vit", {"add": "tensorllm", "cpe_kernel": 0}, r"^qkv_bias: .* got True by l2vit; leave l2vit or"),
+    ("l2vit", {"add": "tensorllm", "cpe_kernel": 0, "qkv_bias": True}, r"^qkv_bias: .*, got True; leave it"),
     ("masa", {"layer_idx": 1}, r"^layer_idx: must be in 0\.\.num_layers-1=0, got 1; set num_layers"),
     ("mha", {"num_layers": 0}, r"^num_layers: must be an integer of at least 1, got 0"),
     ("mha", {"chunk_size": 4}, r"^chunk_size: queries meet their keys at once.*got 4"),
@@ -77,6 +84,12 @@ def test_sound(prop: str, name: str, options: dict[str, Any]) -> None:
 def test_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attnzoo.create(name, DIM, HEADS, **options)
+
+
+def test_the_caller_decides_between_presets() -> None:
+    assert attnzoo.create("mixattention", DIM, HEADS, add="sliding_window", window=7).options["window"] == 7
+    mixer = attnzoo.create("l2vit", DIM, HEADS, add="tensorllm", cpe_kernel=0, qkv_bias=False)
+    assert not mixer.options["qkv_bias"] and mixer.options["out_bias"]
 
 
 def test_a_composition_has_the_traits_that_all_members_have() -> None:

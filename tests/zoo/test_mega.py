@@ -43,7 +43,13 @@ def rms(z: Tensor, gain: Tensor) -> Tensor:
 
 
 def mega(
-    mixer: Mixer, x: Tensor, stream: Tensor, act: str, chunk: int | None, table: int, window: int | None = None
+    mixer: Mixer,
+    x: Tensor,
+    stream: Tensor,
+    act: str,
+    chunk: int | None,
+    table: int,
+    window: int | None = None,
 ) -> Tensor:
     core, n = mixer.core, norm(x, mixer.core.ln_gain, mixer.core.ln_bias)
     m = silu(average(core.ema, n))

@@ -131,7 +131,9 @@ class Draft:
                 slot.
         """
         if slot not in self.frame.slots:
-            raise ValueError(f"add: {self.current} sets {slot!r}, which {self.frame.title} does not have")
+            raise ValueError(
+                f"add: {self.current} sets {slot!r}, which {self.frame.title} does not have; leave it out"
+            )
         if slot in CHAINS:
             self.slots[slot].append(stage)
             return
