@@ -38,6 +38,7 @@ REFUSED = [
     ("focused_transformer", {"last_context_length": 4, "memory_topk": 0}, "memory_topk", 0),
     ("focused_transformer", {"memory_topk": 4}, "memory_topk", 4),
     ("dcmha", {"add": "focused_transformer", "last_context_length": 5}, "last_context_length", 5),
+    ("efficient_dlm", {"add": "focused_transformer", "last_context_length": 5}, "last_context_length", 5),
     ("dcmha", {"add": "focused_transformer", "cross_batch": 1}, "cross_batch", 1),
     ("discrete_kv_bottleneck", {"num_codebooks": 0}, "num_codebooks", 0),
     ("discrete_kv_bottleneck", {"num_keys": 1}, "num_keys", 1),

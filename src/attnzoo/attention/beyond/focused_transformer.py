@@ -214,7 +214,7 @@ def focused_transformer(
             )
         host = done.host
         mask = done.fill("mask", lambda: Static(band(host["window"], host["n_sink"])))
-        if not isinstance(mask, Static):
+        if type(mask) is not Static:
             raise ValueError(
                 f"{asked}: keys are chosen by their place in the row here, got {wanted}; "
                 "keys of a memory have none: leave it or that variant out"
