@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Call, Stage, flag
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
-from attnzoo.attention.stages.project import QKV
+from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.attention.stages.refine import L2Norm, causal_conv
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
@@ -246,6 +246,5 @@ def ccgqa(
     Reduces to: cca with num_kv_heads = num_heads; gqa with H d < D with all toggles off.
     """
     if draft.host["num_kv_heads"] is None:
-        H = draft.num_heads
-        draft.num_kv_heads = max(g for g in range(1, max(1, H // 4) + 1) if H % g == 0)
+        draft.num_kv_heads = largest_divisor(draft.num_heads, draft.num_heads // 4)
     compress(draft, conv_kernels, conv, qk_mean, value_shift, unit_norm, temp)

@@ -13,6 +13,7 @@ at most max(1, H / 4), the ratio of most released models.
 from __future__ import annotations
 
 from attnzoo.attention.draft import Draft, set_heads
+from attnzoo.attention.stages.project import largest_divisor
 from attnzoo.registry import Card, register
 
 
@@ -40,5 +41,4 @@ def gqa(draft: Draft) -> None:
     """
     if draft.host["num_kv_heads"] is None:
         H = draft.num_heads
-        groups = max(g for g in range(1, max(1, H // 4) + 1) if H % g == 0)
-        set_heads(draft, groups, draft.host["head_dim"])
+        set_heads(draft, largest_divisor(H, H // 4), draft.host["head_dim"])

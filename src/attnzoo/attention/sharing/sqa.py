@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.stages.project import QKV
+from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -94,7 +94,7 @@ def sqa(
     H_q = H_q if num_query_heads is None else num_query_heads
     if not 1 <= H_q <= H:
         raise ValueError(f"num_query_heads: must be in 1..num_heads={H}, got {H_q}")
-    G = given or G or max(g for g in range(1, max(1, H_q // 2) + 1) if H_q % g == 0)
+    G = given or G or largest_divisor(H_q, H_q // 2)
     if H_q % G and G % H_q:
         raise ValueError(
             f"num_query_heads: must divide num_kv_heads={G} or be a multiple of it, got {H_q}; change one"

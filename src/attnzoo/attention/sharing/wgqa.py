@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Mixer, flag
 from attnzoo.attention.draft import Draft, set_heads
-from attnzoo.attention.stages.project import QKV
+from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.registry import Card, register
 
 SHAPES = {"scalar": lambda D, d: (), "row": lambda D, d: (D,), "col": lambda D, d: (d,)}
@@ -137,8 +137,7 @@ def wgqa(
     draft.check_unbuilt()
     if draft.host["num_kv_heads"] is None:
         H = draft.num_heads
-        groups = max(g for g in range(1, max(1, H // 4) + 1) if H % g == 0)
-        set_heads(draft, groups, draft.host["head_dim"])
+        set_heads(draft, largest_divisor(H, H // 4), draft.host["head_dim"])
 
     def complete(done: Draft) -> None:
         H, G = done.num_heads, done.num_kv_heads

@@ -94,6 +94,11 @@ class MappedQKV(QKV):
         return self.k_map, self.v_map
 
 
+def largest_divisor(count: int, limit: int) -> int:
+    """Of ``count``, at most ``limit`` (and at least 1)."""
+    return max(n for n in range(1, max(1, limit) + 1) if count % n == 0)
+
+
 def consecutive(num_heads: int, groups: int) -> list[int]:
     """The group of each head where consecutive heads share: ``floor(h G / H)``."""
     return [h * groups // num_heads for h in range(num_heads)]
