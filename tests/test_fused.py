@@ -116,6 +116,16 @@ def test_heads_of_unit_length(squash: bool) -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), zero)[0], gain[:, None, None].expand_as(s) / 1e-3)
 
 
+@pytest.mark.parametrize("T", [1, 2, 17])
+def test_softmax_as_a_recurrence(T: int) -> None:
+    for i in range(2):
+        both(
+            lambda s, i=i: cumulative.softmax_steps(s)[i],
+            lambda s, i=i: cumulative.plain_softmax_steps(s)[i],
+            draw(2, T, 3),
+        )
+
+
 @pytest.mark.parametrize("blind", [False, True])
 @pytest.mark.parametrize("hidden", [0.0, float("inf"), float("nan")])
 def test_softmax_over_what_is_seen(blind: bool, hidden: float) -> None:

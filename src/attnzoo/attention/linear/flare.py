@@ -34,6 +34,7 @@ from attnzoo.attention.stages.position import Rope
 from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.attention.stages.running import before, running_logsumexp
 from attnzoo.cost import Work
+from attnzoo.ops.cumulative import softmax_steps
 from attnzoo.registry import Card, register
 
 
@@ -114,6 +115,9 @@ class Latents(Stage):
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
         s = self._scores(k).to(wide)  # (B, T, H, M)
         read = s if self.once else self._scores(q).to(wide)
+        if call.mem.cache is None and call.line.doc is None and call.line.valid is None:
+            g, write = softmax_steps(s)
+            return Terms(read.softmax(-1), write, v, g=g)
         start = call.mem.state("lse")
         start = None if start is None else start.clone()
         total = call.line.blank(running_logsumexp(s, call, "lse"))
