@@ -201,31 +201,41 @@ def focused_transformer(
         draft.put("position", NoPosition())
 
     def complete(done: Draft) -> None:
-        position = done.slots.get("position")
-        if getattr(done.slots.get("project"), "turned", ()):
-            raise ValueError(
-                f"{asked}: keys with a rotary slice of their own have no position 0, got {wanted}; "
-                "leave it or that projection out"
-            )
-        if getattr(position, "appended", 0) or "score" in done.slots:
-            raise ValueError(
-                f"{asked}: the score here depends on a key's place in the row, got {wanted}; "
-                "keys of a memory have none: leave it or that variant out"
-            )
-        host = done.host
-        mask = done.fill("mask", lambda: Static(band(host["window"], host["n_sink"])))
-        if type(mask) is not Static:
-            raise ValueError(
-                f"{asked}: keys are chosen by their place in the row here, got {wanted}; "
-                "keys of a memory have none: leave it or that variant out"
-            )
+        mask = _own_mask(done, asked, wanted)
         sizes = (done.num_heads, done.qk_width, done.v_head_dim)
         memory = None
         if last_context_length is not None:
-            memory = _memory(done, last_context_length, memory_topk, mask.mask, sizes)
-        done.put("read", CrossBatch(cross_batch, pack, stepping, mask.mask, sizes, memory))
+            memory = _memory(done, last_context_length, memory_topk, mask, sizes)
+        done.put("read", CrossBatch(cross_batch, pack, stepping, mask, sizes, memory))
 
     draft.last(complete)
+
+
+def _own_mask(draft: Draft, asked: str, wanted: int | None) -> Mask:
+    """The host's mask, where keys from elsewhere have a place beside its own.
+
+    Raises:
+        ValueError: naming the option ``asked``, where they have none.
+    """
+    position = draft.slots.get("position")
+    if getattr(draft.slots.get("project"), "turned", ()):
+        raise ValueError(
+            f"{asked}: keys with a rotary slice of their own have no position 0, got {wanted}; "
+            "leave it or that projection out"
+        )
+    if getattr(position, "appended", 0) or "score" in draft.slots:
+        raise ValueError(
+            f"{asked}: the score here depends on a key's place in the row, got {wanted}; "
+            "keys of a memory have none: leave it or that variant out"
+        )
+    host = draft.host
+    mask = draft.fill("mask", lambda: Static(band(host["window"], host["n_sink"])))
+    if type(mask) is not Static:
+        raise ValueError(
+            f"{asked}: keys are chosen by their place in the row here, got {wanted}; "
+            "keys of a memory have none: leave it or that variant out"
+        )
+    return mask.mask
 
 
 def _memory(draft: Draft, size: int, most: int | None, mask: Mask, sizes: tuple[int, int, int]) -> FarMemory:
