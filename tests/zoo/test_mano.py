@@ -17,7 +17,16 @@ from zoo.test_hybrid import GOLDEN, affine, build, norm
 def window_attention(core: Any, x: Tensor) -> Tensor:
     """One level, one sequence ``(n, D)``: every token reads the earlier ones of its block."""
     z = norm(norm(x, core.ln1_gain, core.ln1_bias), core.ln2_gain, core.ln2_bias)
-    q, k, v = (p.unflatten(-1, (core.heads, -1)) for p in affine(z, core.qkv).chunk(3, dim=-1))
+    q, k, v = affine(z, core.qkv).split([core.dim, core.kv_dim, core.kv_dim], dim=-1)
+    q = q.unflatten(-1, (core.heads, -1))
+    k, v = (
+        p.unflatten(-1, (core.kv_heads, -1)).repeat_interleave(core.heads // core.kv_heads, 1) for p in (k, v)
+    )
+    if core.norm is not None:
+        q, k = (
+            p / (p.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+            for p, gain in ((q, core.norm.q_gain), (k, core.norm.k_gain))
+        )
     o = torch.zeros_like(q)
     for i in range(len(x)):
         for h in range(core.heads):
@@ -57,6 +66,7 @@ def multipole(core: Any, x: Tensor) -> Tensor:
         {"levels": 2, "rate": 3, "window": 3, "down": "avg"},
         {"levels": 4, "window": 2, "up": "avg"},
         {"levels": 3, "window": 1, "down": "avg", "up": "avg"},
+        {"levels": 2, "window": 5, "num_kv_heads": 2, "qk_norm": True, "qkv_bias": True},
         {},
     ],
     ids=str,

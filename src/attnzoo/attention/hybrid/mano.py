@@ -30,6 +30,7 @@ from attnzoo.attention.hybrid.level import Level, completed
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
 from attnzoo.attention.stages.mask import Blocks, Causal
+from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, attention, computed_pairs
@@ -40,20 +41,33 @@ class Pyramid(Core):
     """See the module.
 
     Args:
-        levels: L. rate: r. window: w. down, up: "conv" or "avg". eps: of the LayerNorms.
+        levels: L. rate: r. window: w. down, up: "conv" or "avg". eps: of the norms.
+        kv_heads: heads of keys and values. qk_norm: RMSNorm of queries and keys. bias: of their projection.
     """
 
     def __init__(
-        self, draft: Draft, levels: int, rate: int, window: int, down: str, up: str, eps: float
+        self,
+        draft: Draft,
+        levels: int,
+        rate: int,
+        window: int,
+        down: str,
+        up: str,
+        eps: float,
+        kv_heads: int,
+        qk_norm: bool,
+        bias: bool,
     ) -> None:
         super().__init__()
-        D = draft.dim
+        D, self.kv_heads, self.kv_dim = draft.dim, kv_heads, kv_heads * draft.head_dim
+        self.norm = QKNorm(draft.head_dim, eps) if qk_norm else None
         self.dim, self.heads, self.levels, self.rate, self.eps = D, draft.o_heads, levels, rate, eps
         self.window, self.mask = window, Causal() & Blocks(window)
         for name in ("ln1", "ln2"):
             self.register_parameter(f"{name}_gain", flag(nn.Parameter(torch.ones(D)), decay=False))
             self.register_parameter(f"{name}_bias", flag(nn.Parameter(torch.zeros(D)), decay=False))
-        self.qkv = draft.site.weights.linear("qkv", D, 3 * D, parts=[D, D, D])
+        sizes = [D, self.kv_dim, self.kv_dim]
+        self.qkv = draft.site.weights.linear("qkv", D, sum(sizes), bias, parts=sizes)
         self.out = draft.site.weights.linear("out", D, D, True, std=draft.site.out_std)
         std = (rate * D) ** -0.5
         self.down = nn.Parameter(std * torch.randn(rate, D, D)) if down == "conv" and levels > 1 else None
@@ -118,7 +132,7 @@ class Pyramid(Core):
         for name in ("ln1", "ln2"):
             gain, bias = getattr(self, f"{name}_gain"), getattr(self, f"{name}_bias")
             z = F.layer_norm(z, z.shape[-1:], gain, bias, self.eps)
-        q, kv = self.qkv(z).split([self.dim, 2 * self.dim], dim=-1)
+        q, kv = self.qkv(z).split([self.dim, 2 * self.kv_dim], dim=-1)
         axis = query = Axis(level.order, level.doc)
         if call.mem.cache is not None:
             kv = self._held(f"kv{index}", kv, level, past, call)
@@ -128,7 +142,10 @@ class Pyramid(Core):
             axis = Axis(torch.cat([earlier, level.order], 1), torch.cat([doc, own], 1))
         if level.x.shape[1] == 0:
             return level.x
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, dim=-1)))
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for t in kv.chunk(2, dim=-1))
+        if self.norm is not None:
+            q, k, v = self.norm(q, k, v, call)
         impl = self.choices["cpu" if q.device.type in ("cpu", "meta") else "cuda"].impl
         o = attention(q, Keys(k, v, axis), mask=self.mask, query=query, impl=impl)
         return self.out(o.transpose(1, 2).flatten(2))
@@ -166,7 +183,7 @@ class Pyramid(Core):
         return self.choices
 
     def memory(self) -> dict[str, Slot]:
-        slots = {f"kv{i}": Slot("tail", (self.window - 1, 2 * self.dim)) for i in range(self.levels)}
+        slots = {f"kv{i}": Slot("tail", (self.window - 1, 2 * self.kv_dim)) for i in range(self.levels)}
         for i in range(1, self.levels):
             slots[f"pool{i}"] = Slot("tail", (self.rate - 1, self.dim))
             slots[f"res{i}"] = Slot("tail", (1, self.dim))
@@ -177,7 +194,8 @@ class Pyramid(Core):
         for i in range(self.levels):
             if n == 0:
                 break
-            yield Work("projections", f"level {i}: W_q, W_k, W_v, W_o", 8 * n * D * D)
+            each = 4 * n * D * (D + self.kv_dim)
+            yield Work("projections", f"level {i}: W_q, W_k, W_v, W_o", each)
             pairs, run = self.mask.pairs(n), computed_pairs(self.mask, n, self.choices["cpu"].impl)
             yield Work("mixing", f"level {i}: attention", 4 * D * pairs, 4 * D * run, "hidden keys of a tile")
             coarse = n // r
@@ -216,6 +234,9 @@ def mano(
     window: int = 32,
     down: Literal["conv", "avg"] = "conv",
     up: Literal["conv", "avg"] = "conv",
+    num_kv_heads: int | None = None,
+    qk_norm: bool = False,
+    qkv_bias: bool = False,
 ) -> None:
     """Sets the core.
 
@@ -223,12 +244,18 @@ def mano(
         levels: L, with window * rate^(L - 1) at most max_seq_len where L > 1; default the most that do.
         rate: r, tokens pooled into one, at least 2. window: w, tokens of a block at every level.
         down, up: learned maps, or the mean and its copies.
+        num_kv_heads: heads of keys and values, a divisor of num_heads; default num_heads.
+        qk_norm, qkv_bias: RMSNorm of queries and keys, a bias of their projection, at every level.
 
     Shape: (B, T, D) -> (B, T, D).
     Reduces to: mha of LN2(LN1(x)) without positions with one level and window >= T; attention in blocks where
         up is 0.
     """
     T_max = draft.site.max_len
+    H = draft.num_heads
+    G = H if num_kv_heads is None else num_kv_heads
+    if not 1 <= G <= H or H % G:
+        raise ValueError(f"num_kv_heads: must divide num_heads={H}, got {G}")
     if rate < 2:
         raise ValueError(f"rate: must pool at least 2 tokens, got {rate}")
     if window < 1:
@@ -245,5 +272,6 @@ def mano(
             f"levels: window * rate^(levels - 1) must be at most max_seq_len={T_max}, got {levels} levels, "
             f"which reach {window * rate ** (levels - 1)}; set levels={most} or raise max_seq_len"
         )
-    draft.put("core", Pyramid(draft, levels, rate, window, down, up, draft.host["norm_eps"]))
+    eps = draft.host["norm_eps"]
+    draft.put("core", Pyramid(draft, levels, rate, window, down, up, eps, G, qk_norm, qkv_bias))
     draft.put("out", Flat())
