@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import attnzoo
+from attnzoo.attention.stages.mask import band
 from attnzoo.convert import heads, rope
 from attnzoo.convert.factors import atoms
 from attnzoo.convert.latent import hadamard, tensor_parallel
@@ -142,6 +143,35 @@ def test_partial_rope_with_all_pairs_is_exact(strategy: str, kv_heads: int) -> N
     joint = (found.W_dkv @ found.W_ukv).unflatten(1, (kv_heads, d))
     close(joint.flatten(1), layer.weights["W_v"])
     close(found.W_ke, layer.weights["W_k"])
+
+
+def test_greedy_distances_are_of_visible_keys() -> None:
+    """What a window hides does not count: the first choice against a loop over pairs of tokens."""
+    layer = source(2)
+    layer.mask = band(4, 1)
+    order, distance = rope.greedy_pairs(layer, 1)
+    q, k = (
+        z.unflatten(-1, (-1, d)) for z in (layer.x @ layer.weights["W_q"], layer.x @ layer.weights["W_k"])
+    )
+    for g in range(2):
+        lost = torch.zeros(d // 2, dtype=torch.float64)
+        for f in range(d // 2):
+            change, count = 0.0, 0
+            for b in range(2):
+                for i in range(23):
+                    for j in range(i + 1):
+                        if i - j >= 4 and j >= 1:
+                            continue
+                        angle = (j - i) * 1e4 ** (-torch.arange(d // 2).double() / (d // 2))
+                        for h in (2 * g, 2 * g + 1):
+                            a, c = q[b, i, h].view(2, -1), k[b, j, g].view(2, -1)
+                            dot, cross = (a * c).sum(0), a[1] * c[0] - a[0] * c[1]
+                            gap = dot - dot * angle.cos() - cross * angle.sin()
+                            gap[f] = 0
+                            change, count = change + gap.sum().abs() / d**0.5, count + 1
+            lost[f] = change / count
+        assert int(lost.argmin()) == int(order[g, 0])
+        close(distance[g, 0], lost.min())
 
 
 def test_greedy_choice_ends_at_the_source() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnzoo.attention.stages.mask import Causal, Mask
 
 
 @dataclass
@@ -17,7 +19,7 @@ class Layer:
         weights: by symbol, ``W_q`` ``(D, H d)``, ``W_k``, ``W_v`` ``(D, G d)``, ``W_o`` ``(H d, D)``; biases
             ``b_q``, ``b_k``, ``b_v``, ``b_o`` where there are any; of a latent layer its own symbols.
         heads, kv_heads, head_dim: H, G, d. theta: base of RoPE, None without positions.
-        x: ``(B, T, D)`` what the layer reads on calibration text.
+        x: ``(B, T, D)`` what the layer reads on calibration text. mask: which keys a query sees.
     """
 
     weights: dict[str, Tensor]
@@ -26,6 +28,7 @@ class Layer:
     head_dim: int
     theta: float | None = 10000.0
     x: Tensor | None = None
+    mask: Mask = field(default_factory=Causal)
 
     def inputs(self) -> Tensor:
         """The calibration inputs, in fp64.

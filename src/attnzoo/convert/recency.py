@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.attention.stages.mask import band
 from attnzoo.convert.layer import Layer, by_head
 from attnzoo.convert.model import layers_of
 from attnzoo.convert.rope import turn_pairs
@@ -44,10 +43,9 @@ def recency_heads(
     if not 1 <= rr_window <= longest:
         raise ValueError(f"rr_window: must be in 1..{longest}, below the text's length, got {rr_window}")
     chosen = []
-    for mixer, layer in zip(model.mixers, layers_of(model, "recency_heads", PLAIN, calibration), strict=True):
-        seen = band(mixer.options["window"], mixer.options["n_sink"]).dense(layer.inputs().shape[1])
+    for layer in layers_of(model, "recency_heads", PLAIN, calibration):
         size = layer.heads // layer.kv_heads
-        ratio = recency_ratio(layer, rr_window, seen).unflatten(0, (-1, size)).mean(1)
+        ratio = recency_ratio(layer, rr_window).unflatten(0, (-1, size)).mean(1)
         if rr_threshold is None:
             groups = ratio.argsort(descending=True)[: int(recurrent_fraction * len(ratio) + 1e-9)]
         else:
@@ -56,10 +54,10 @@ def recency_heads(
     return chosen
 
 
-def recency_ratio(layer: Layer, window: int, seen: Tensor) -> Tensor:
-    """RR ``(H,)`` on the inputs of ``layer``; ``seen`` ``(T, T)``: which keys a query reads."""
-    x, d, T = layer.inputs(), layer.head_dim, len(seen)
-    place = torch.arange(T)
+def recency_ratio(layer: Layer, window: int) -> Tensor:
+    """RR ``(H,)`` on the inputs of ``layer``."""
+    x, d = layer.inputs(), layer.head_dim
+    seen, place = layer.mask.dense(x.shape[1]), torch.arange(x.shape[1])
     near = place > place[:, None] - window
     total = torch.zeros(layer.heads, dtype=x.dtype)
     for row in x.split(1):

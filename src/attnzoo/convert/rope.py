@@ -74,7 +74,7 @@ def greedy_pairs(layer: Layer, rounds: int) -> tuple[Tensor, Tensor]:
     x, (G, d) = layer.inputs(), (layer.kv_heads, layer.head_dim)
     q, k = (by_head(x @ W, n).unflatten(-1, (2, d // 2)) for W, n in layer.q_and_k())
     plain, turned = (q, k), [turn_pairs(z, layer.theta) for z in (q, k)]
-    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    seen = layer.mask.dense(x.shape[1])
 
     def scores(pair: Sequence[Tensor], g: int, f: int) -> Tensor:
         """What pair f adds to the scores ``(B, H / G, visible)`` of the query heads of key head g."""

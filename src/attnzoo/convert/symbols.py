@@ -14,6 +14,7 @@ from attnzoo.attention.crosslayer.provider import Made
 from attnzoo.attention.factorised.tensorllm import Tucker, TuckerOut
 from attnzoo.attention.latent.latent import Latent
 from attnzoo.attention.sharing.sqa import TiledQueries
+from attnzoo.attention.stages.mask import band
 from attnzoo.attention.stages.out import LinearOut
 from attnzoo.attention.stages.project import QKV
 from attnzoo.convert.layer import Layer
@@ -44,7 +45,8 @@ def read(mixer: Mixer, x: Tensor | None) -> Layer:
         tiles = mixer.project.tiles
         heads *= tiles
         weights |= {name: weights[name].tile(tiles) for name in ("W_q", "b_q") if name in weights}
-    return Layer(weights, heads, kv_heads, width, theta, x)
+    mask = band(mixer.options["window"], mixer.options["n_sink"])
+    return Layer(weights, heads, kv_heads, width, theta, x, mask)
 
 
 def _plain(project: QKV) -> dict[str, Tensor]:
