@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.attention.stages.mask import band
 from attnzoo.attention.timeline import Axis
-from attnzoo.ops import Keys, attention, conv, cumulative, fused, kept, seen, unit_heads, wedge
+from attnzoo.ops import Keys, attention, blends, conv, cumulative, fused, kept, seen, unit_heads, wedge
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -124,6 +124,14 @@ def test_softmax_as_a_recurrence(T: int) -> None:
             lambda s, i=i: cumulative.plain_softmax_steps(s)[i],
             draw(2, T, 3),
         )
+
+
+def test_blends() -> None:
+    both(
+        lambda x, other, mu: torch.stack(blends.blends(x, other, mu)),
+        lambda x, other, mu: torch.stack(blends.plain_blends(x, other, mu)),
+        *(draw(2, 5, 3), draw(2, 5, 3, seed=1), draw(4, 3, seed=2)),
+    )
 
 
 @pytest.mark.parametrize("blind", [False, True])

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Call, Stage
@@ -30,6 +31,7 @@ from attnzoo.attention.score import Early
 from attnzoo.attention.stages.gates import wide
 from attnzoo.attention.stages.out import LinearOut
 from attnzoo.cost import Work
+from attnzoo.ops.blends import blends
 from attnzoo.registry import Card, register
 
 MIXES = ("r", "w", "k", "v", "a", "g")
@@ -67,9 +69,7 @@ class ShiftedLerp(Early, Stage):
         last = call.mem.tail("x", x, 1)[:, :-1]
         if call.line.doc is not None:
             last = torch.where((call.line.order >= 1)[..., None], last, torch.zeros((), dtype=x.dtype))
-        step = last - x
-        mixes = zip(MIXES, self.mu.to(x.dtype), strict=True)
-        blend = {name: torch.addcmul(x, step, mu) for name, mu in mixes}
+        blend = dict(zip(MIXES, blends(x, last, self.mu.to(x.dtype)), strict=True))
         call.notes |= {f"x^{name}": blend[name] for name in "wag"}
         r, k, v = self.r(blend["r"]), self.k(blend["k"]), self.v(blend["v"])
         if self.layer == 0:
@@ -123,7 +123,7 @@ class Goose(Stage):
         key = wide(k)
         removal = key * k_k
         removal = removal / removal.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-        write = (key * (1 + (a - 1) * k_a)).to(k.dtype)
+        write = (key * torch.addcmul(1 - k_a, a, k_a)).to(k.dtype)
         call.notes["k~"] = write
         return Terms(q, write, v, g=g, e=(-removal * a).to(k.dtype), a=removal.to(k.dtype))
 
@@ -145,12 +145,12 @@ class NormBonus(Stage):
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         z, shape = wide(o), self.r_k.shape
-        z = z - z.mean(-1, keepdim=True)
-        z = z * (z.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        z = z * self.gain.to(z.dtype).view(shape) + self.bias.to(z.dtype).view(shape)
+        z = F.layer_norm(z, z.shape[-1:], eps=self.eps)
+        gain, bias = (p.to(z.dtype).view(shape) for p in (self.gain, self.bias))
+        z = torch.addcmul(bias, z, gain)
         r, v = (wide(part.transpose(1, 2)) for part in (call.raw.q, call.raw.v))
         own = (r * wide(call.notes["k~"]) * self.r_k.to(r.dtype)).sum(-1, keepdim=True)
-        return (z + own * v).to(o.dtype)
+        return torch.addcmul(z, own, v).to(o.dtype)
 
 
 class MixGate(Stage):
