@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attnzoo
-from attnzoo.convert import METHODS, convert
+from attnzoo.convert import METHODS, convert, convert_best
 from zoo.test_convert import D, H, close, d, draw
 
 TEXT = {"calibration": torch.randint(0, 61, (4, 33)), "held_out": torch.randint(0, 61, (4, 33))}
@@ -117,6 +117,21 @@ def test_every_source_converts_exactly(source: str, method: str) -> None:
         return
     assert report.weight_error < 1e-12
     close(new(TEXT["held_out"]), model(TEXT["held_out"]))
+
+
+def test_the_best_of_several_options_is_taken() -> None:
+    """One cache, split between rotary pairs and latent."""
+    source = sharp("gqa", num_kv_heads=2)
+    splits = [{"num_rope_pairs": r, "kv_rank": 32 - 4 * r} for r in (4, 2, 1)]
+    new, report = convert_best(source, "elitekv", TEXT["calibration"], splits, TEXT["held_out"])
+    losses = [
+        convert(source, "elitekv", TEXT["calibration"], TEXT["calibration"], **own)[1].loss[1]
+        for own in splits
+    ]
+    assert len(set(losses)) == 3 and report.options == splits[losses.index(min(losses))]
+    assert new.mixers[0].options["kv_rank"] == report.options["kv_rank"] and report.loss is not None
+    with pytest.raises(ValueError, match=r"^candidates: .* got none"):
+        convert_best(source, "elitekv", TEXT["calibration"], [])
 
 
 def test_weight_error_is_that_of_the_heads_products() -> None:

@@ -94,6 +94,25 @@ def convert(
     return new, report
 
 
+def convert_best(
+    model: LanguageModel,
+    method: str,
+    calibration: Tensor,
+    candidates: Sequence[Mapping[str, Any]],
+    held_out: Tensor | None = None,
+) -> tuple[LanguageModel, Report]:
+    """`convert` with those of the ``candidates``, options of the method, that lose least on the calibration
+    text: how EliteKV splits a cache between rotary pairs and latent, and TransMLA chooses its folding.
+
+    Raises:
+        ValueError: there is no candidate, or one that `convert` refuses.
+    """
+    if not candidates:
+        raise ValueError("candidates: needs options of the method to choose from, got none")
+    losses = [convert(model, method, calibration, calibration, **own)[1].loss[1] for own in candidates]
+    return convert(model, method, calibration, held_out, **candidates[losses.index(min(losses))])
+
+
 def mean_loss(model: nn.Module, tokens: Tensor) -> float:
     """Nats per token of ``(N, T)`` tokens, each predicted from those before it."""
     total = sum(
