@@ -47,7 +47,8 @@ def scan(
         scale: factor of the output; K ** -0.5 by default.
         initial_state: (B,H,K,V); zero by default.
         output_final_state: return the state after the last token too.
-        chunk_size: largest number of tokens in a chunk of the chunked form.
+        chunk_size: largest number of tokens in a chunk of the chunked form; under a gate per channel that
+            form has at most K / 2, or 16 where K is small.
         segments: (B,T) int64 document index of every token, never decreasing. Run 0 owns the initial state;
             at the first token of any other run the state is zero. The final state is that of the last
             token's run. A padded tail carries the last run's index, k = v = 0, e = 0, beta = 0 and g = 0:

@@ -21,7 +21,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo_kernels.scan.decay import Decay, DiagonalDecay, Grid, Runs, ScalarDecay, split_gates
+from attnzoo_kernels.scan.decay import (
+    Decay,
+    DiagonalDecay,
+    Grid,
+    Runs,
+    ScalarDecay,
+    diagonal_chunk,
+    split_gates,
+)
 from attnzoo_kernels.scan.states import Accumulate, Correct
 
 
@@ -42,14 +50,14 @@ def scan_chunked(
 
     Returns o (B,T,H,V) in v's dtype and the last state.
     """
-    grid = Grid.of(q.shape[1], chunk_size)
+    diagonal = a is not None or (g is not None and g.dim() == 4)
+    grid = Grid.of(q.shape[1], diagonal_chunk(chunk_size, k.shape[-1]) if diagonal else chunk_size)
     runs = None if segments is None else Runs.of(segments, grid)
     if a is not None:
         g = _as_diagonal(g, k)
     dtype, out_dtype, initial = state.dtype, v.dtype, state.flatten(0, 1)
     gates = None if g is None else split_gates(g, grid, dtype)
     q, k, v = (grid.split(x, dtype) for x in (q, k, v))
-    diagonal = a is not None or (g is not None and g.dim() == 4)
     decay = DiagonalDecay(gates, runs, k, a is not None) if diagonal else ScalarDecay(gates, runs, k)
 
     q = decay.row(q if scale == 1 else q * scale)

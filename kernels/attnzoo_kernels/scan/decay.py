@@ -19,6 +19,13 @@ from attnzoo_kernels.scan.blocks import DiagonalProducts, doubled_sums, first_or
 MIN_LOG_DECAY = -1000.0
 
 
+def diagonal_chunk(chunk_size: int, K: int) -> int:
+    """Tokens per chunk under a diagonal gate: every doubling of a chunk weighs all operands once more, every
+    halving keeps twice as many states; at K / 2 tokens these take no more room than four rows of values.
+    """
+    return min(chunk_size, max(16, K // 2))
+
+
 @dataclass(frozen=True)
 class Grid:
     """T tokens as `count` chunks of `size`, the last one padded."""

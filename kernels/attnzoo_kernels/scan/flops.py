@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from attnzoo_kernels.scan.decay import Grid
+from attnzoo_kernels.scan.decay import Grid, diagonal_chunk
 
 KINDS = ("scalar", "diagonal", "delta", "delta_diagonal", "rank_one")
 
@@ -33,7 +33,8 @@ def scan_flops(
         kind: "scalar" (no, constant or scalar gate), "diagonal", "delta" (no, constant or scalar gate),
             "delta_diagonal", "rank_one" (any gate).
         T, H, K, V: tokens, heads, key width, value width.
-        chunk_size: as in `scan`: T is cut into ceil(T / chunk_size) chunks of equal size.
+        chunk_size: as in `scan`: T is cut into ceil(T / chunk_size) chunks of equal size, which under a
+            diagonal gate are no longer than `diagonal_chunk` says.
         groups: heads whose q and k differ, where the others repeat them. A gate per token weighs scores only
             after they are made, so `method` makes them once per group; `scan` makes them for each head.
     """
@@ -45,6 +46,8 @@ def scan_flops(
     state = 2 * passes * K * V
     if T == 1:
         return ScanFlops(H * state, H * state)
+    if kind not in ("scalar", "delta"):
+        chunk_size = diagonal_chunk(chunk_size, K)
     grid = Grid.of(T, chunk_size)
     tail = T - (grid.count - 1) * grid.size
     widths = (groups or H) * K, H * V
