@@ -149,10 +149,10 @@ def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank:
     entry, options = _entry(name), dict(options)
     _check_size("dim", dim)
     _check_size("num_heads", num_heads)
-    title, others = _frames_of(entry, options, bank)
+    title, others, layers = _frames_of(entry, options, bank)
     frame = FRAMES[title]
-    adds = _added(name, options.pop("add", ()), title, entry.branches)
-    chosen = _sort_options(name, entry, adds, options, title, others)
+    adds, later = _added(name, options.pop("add", ()), title, entry.branches, layers)
+    chosen = _sort_options(name, entry, adds, options, title, others, later)
     host = chosen.pop("")
     site = _site(host, bank)
     draft = Draft(frame, site, dim, num_heads, host=host, current=name)
@@ -270,10 +270,14 @@ def _common(
     """Options of every mixer; only their signature is used."""
 
 
-def _frames_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) -> tuple[str, set[str]]:
-    """The frame of a variant at its layer, under its own options, and those that layers have."""
+def _frames_of(
+    entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]
+) -> tuple[str, set[str], set[str]]:
+    """The frame of a variant at its layer, under its own options; those that layers can have; those that the
+    layers of its model have.
+    """
     if entry.choose is None:
-        return entry.frames[0], set(entry.frames[:1])
+        return entry.frames[0], set(entry.frames[:1]), set(entry.frames[:1])
     place = {
         k: opts.check(k, options.get(k, p.default), p.annotation)
         for k, p in opts.keyword_options(_common).items()
@@ -283,8 +287,12 @@ def _frames_of(entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]) -
         for k, p in opts.keyword_options(entry.change).items()
     }
     site = _site(place, bank)
-    layers = range(max(site.depth, 16))  # also where one layer stands alone, for those that it stands for
-    return entry.choose(site, **own), {entry.choose(site._replace(layer=i), **own) for i in layers}
+    # the first also where one layer stands alone, for those that it stands for
+    some, real = (
+        {entry.choose(site._replace(layer=i), **own) for i in range(depth)}
+        for depth in (max(site.depth, 16), site.depth)
+    )
+    return entry.choose(site, **own), some, real
 
 
 def _site(options: Mapping[str, Any], bank: dict[str, Any]) -> Site:
@@ -313,39 +321,56 @@ def _names(add: Any) -> list[str]:
     return [add] if isinstance(add, str) else list(add or ())
 
 
-def _added(name: str, add: Any, frame: str, branches: tuple[str, ...]) -> list[Entry]:
-    """The entries of ``add``, whose changes the frame or a branch must have a place for."""
+def _added(
+    name: str, add: Any, frame: str, branches: tuple[str, ...], layers: set[str]
+) -> tuple[list[Entry], list[Entry]]:
+    """The entries of ``add``, whose changes the frame or a branch must have a place for, and those that have
+    it in other layers of the model only, to which they are left.
+    """
     names = _names(add)
-    entries = []
+    entries, later = [], []
     for other in names:
         entry = _entry(other)
         if other == name or names.count(other) > 1:
             raise ValueError(f"add: {other!r} is already part of the composition; name it once")
         if not {frame, *branches} & {*entry.frames}:
+            if layers & {*entry.frames}:
+                later.append(entry)
+                continue
             raise ValueError(
                 f"add: {other!r} changes {FRAMES[entry.frames[0]].title}, {name!r} is {FRAMES[frame].title}: "
                 f"{FRAMES[frame].lacks}; leave it out"
             )
         entries.append(entry)
-    return entries
+    return entries, later
 
 
 def _sort_options(
-    name: str, entry: Entry, adds: list[Entry], options: Mapping[str, Any], frame: str, others: set[str]
+    name: str,
+    entry: Entry,
+    adds: list[Entry],
+    options: Mapping[str, Any],
+    frame: str,
+    others: set[str],
+    later: list[Entry],
 ) -> dict[str, dict[str, Any]]:
     """Checked options per member of the composition, defaults filled in; the frame's under ``""``.
 
-    Options of the frames ``others``, which the variant has in other layers, are left to those.
+    Options of the frames ``others``, which the variant has in other layers, and of the variants ``later``,
+    which are added there, are left to those.
     """
     members = {e.card.name: opts.keyword_options(e.change) for e in (entry, *adds)}
     tables = {"": _host_options(frame), **members}
     here, defaults = set().union(*tables.values()), entry.card.defaults
-    elsewhere = {o for f in others for o in _host_options(f)} - here
+    elsewhere = {o for f in others for o in _host_options(f)}
+    elsewhere |= {o for e in later for o in opts.keyword_options(e.change)}
+    elsewhere -= here
     # the defaults of a frame that these options rule out say nothing
     elsewhere |= {
         o for o, value in options.items() if o not in here and o in defaults and value == defaults[o]
     }
-    options = {k: v for k, v in options.items() if k not in elsewhere}
+    away = {e.card.name for e in later}
+    options = {k: v for k, v in options.items() if k not in elsewhere and k.split(".")[0] not in away}
     chosen = {member: {k: p.default for k, p in table.items()} for member, table in tables.items()}
     set_by: dict[str, str] = {}
     for e in (entry, *adds):

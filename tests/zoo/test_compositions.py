@@ -86,6 +86,35 @@ def test_refused(name: str, options: dict[str, Any], message: str) -> None:
         attnzoo.create(name, DIM, HEADS, **options)
 
 
+STACKS = {
+    "spectformer": {**attnzoo.card("spectformer").small, "add": "dcmha", "rank": 1},
+    "l2vit": {**attnzoo.card("l2vit").small, "add": "kvt", "cpe_kernel": 0},
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("prop", PROPERTIES)
+def test_layers_of_another_kind_leave_a_variant_to_those_that_fit(prop: str, name: str) -> None:
+    subject = Subject.of(name, 2, **STACKS[name])
+    PROPERTIES[prop](subject)
+    assert {mixer.options["add"] for mixer in subject.mixer().mixers} == {(), (STACKS[name]["add"],)}
+
+
+def test_a_variant_that_no_layer_fits_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^add: 'dcmha' changes ScoreAttention, 'spectformer' is OwnAttention"
+    ):
+        attnzoo.create("spectformer", DIM, HEADS, add="dcmha")
+    with pytest.raises(ValueError, match=r"^add: 'gla' changes RecurrentAttention, 'spectformer' is"):
+        attnzoo.create("spectformer", DIM, HEADS, add="gla", num_layers=4)
+    options = {"vocab_size": 9, "dim": DIM, "depth": 4, "num_heads": HEADS, "add": "dcmha"}
+    mixers = attnzoo.create_model("spectformer", **options, rank=1, **{"dcmha.hidden_mult": 3}).mixers
+    assert [mixer.options["add"] for mixer in mixers] == [(), *[("dcmha",)] * 3]
+    assert {(mixer.options["rank"], mixer.options["hidden_mult"]) for mixer in mixers[1:]} == {(1, 3)}
+    with pytest.raises(ValueError, match=r"^option: 'nonsense'"):
+        attnzoo.create_model("spectformer", **options, nonsense=1)
+
+
 def test_the_caller_decides_between_presets() -> None:
     assert attnzoo.create("mixattention", DIM, HEADS, add="sliding_window", window=7).options["window"] == 7
     mixer = attnzoo.create("l2vit", DIM, HEADS, add="tensorllm", cpe_kernel=0, qkv_bias=False)
