@@ -1,8 +1,9 @@
 """The selective scan on a CPU: one autograd node that steps through spans small enough for the caches.
 
 States lie as (tokens, rows, N, channels): decays broadcast along channels, a step is contiguous, and what
-sums over N or over channels is a product of matrices. A span's decays and states are made, used and forgotten; the backward pass
-makes them again from the state at the span's start, the only one kept. `reference` is the plain twin.
+sums over N or over channels is a product of matrices. A span's decays and states are made, used and
+forgotten; the backward pass makes them again from the state at the span's start, the only one kept.
+`reference` is the plain twin.
 """
 
 from __future__ import annotations
@@ -74,16 +75,16 @@ class _Stepped(torch.autograd.Function):
             for i, span in reversed(list(enumerate(spans))):
                 at = span, rows
                 a, hs = _states(x, delta, rates, B, starts, kept[i, rows], *at)
-                dy, here = grad[*at, None], delta[*at, None]
+                dy, here = grad[at].unsqueeze(2), delta[at].unsqueeze(2)
                 grad_C[at] = (dy @ hs[1:].mT).squeeze(2)
-                g = dy * C[at][..., None]
+                g = torch.mul(dy, C[at][..., None], out=a.new_empty(a.shape))
                 steps, decays = g.unbind(), a.unbind()
                 steps[-1].add_(carry[rows])
                 for t in reversed(range(len(steps) - 1)):
                     steps[t].addcmul_(decays[t + 1], steps[t + 1])
                 torch.mul(decays[0], steps[0], out=carry[rows])
-                grad_B[at] = (x[*at, None] @ g.mT).squeeze(2)
-                grad_x[at] = (B[*at, None] @ g).squeeze(2)
+                grad_B[at] = (x[at].unsqueeze(2) @ g.mT).squeeze(2)
+                grad_x[at] = (B[at].unsqueeze(2) @ g).squeeze(2)
                 e = a.mul_(g).mul_(hs[:-1])  # of the exponents delta A
                 grad_rates += torch.mul(e, here, out=g).sum((0, 1))
                 grad_delta[at] = e.mul_(rates).sum(2)
@@ -102,8 +103,10 @@ def _states(
     rows: slice,
 ) -> tuple[Tensor, Tensor]:
     """Decays ``(t, rows, N, channels)`` and states ``(1 + t, rows, N, channels)`` of a span, ``h`` first."""
-    # torch's exp2 takes a quarter of its exp
-    a = (delta[span, rows, None] * (rates / math.log(2))).exp2_()
+    step = delta[span, rows, None]
+    # a product by itself would lie as its operands do, rows first; torch's exp2 takes a quarter of its exp
+    a = step.new_empty(*step.shape[:2], *rates.shape)
+    torch.mul(step, rates / math.log(2), out=a).exp2_()
     if starts is not None:
         a.masked_fill_(starts[span, rows, None, None], 0.0)
     hs = a.new_empty(1 + len(a), *a.shape[1:])
