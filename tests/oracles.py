@@ -157,7 +157,7 @@ def moh_gate(x: Tensor, w: Weights, heads: int, shared: int, top: int, form: str
         c = (row @ w["W_s"]).softmax(0) if "W_s" in w else torch.ones(shared).double()
         kept = torch.zeros(heads - shared).double()
         if heads > shared:
-            pi = (row @ w["W_r"]).softmax(0)
+            pi = (row @ w["W_r"]).softmax(0) if "W_r" in w else torch.ones(1).double()
             for e in sorted(range(heads - shared), key=lambda e: -pi[e])[:top]:
                 kept[e] = pi[e]
         if form == "code":

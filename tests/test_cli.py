@@ -44,7 +44,8 @@ def test_list_and_show_load_nothing_heavy(tmp_path: Path) -> None:
 
 def test_list_filters(capsys: pytest.CaptureFixture) -> None:
     assert main(["list", "m?a"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["mha", "mla", "mqa"]
+    found = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert found == ["mfa", "mha", "mla", "mqa"]
     assert main(["list", "--family", "sparse"]) == 0
     assert all(" sparse " in line for line in capsys.readouterr().out.splitlines())
 

@@ -143,7 +143,7 @@ def test_dcmha(stages: tuple[str, ...], sides: tuple[str, ...], static: bool) ->
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_moh(form: str, shared: int, active: int) -> None:
     w = qkvo(16, 8, 8, 16)
-    w |= draw(W_r=(D, H - shared)) if shared < H else {}
+    w |= draw(W_r=(D, H - shared)) if shared < H - 1 else {}  # one routed head has nothing to weigh
     w |= (draw(W_s=(D, shared)) if shared > 1 else {}) | (draw(W_b=(D, 2)) if 0 < shared < H else {})
     options = {"shared_heads": shared, "active_heads": active, "gate_form": form, "router": "linear"}
     mixer = build("moh", w, head_dim=4, kv_heads=2, **options)
