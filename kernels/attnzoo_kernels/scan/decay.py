@@ -131,7 +131,8 @@ class Gate(torch.autograd.Function):
     @first_order
     def backward(ctx, dx: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return dx, (x * dx).sum_to_size(ctx.shape).mul_(ctx.sign), None
+        product = (x * dx).sum_to_size(ctx.shape)
+        return dx, product if ctx.sign == 1 else product.neg_(), None
 
 
 class Decay:
