@@ -27,7 +27,6 @@ REFUSED = [
     ("cca", {"conv_kernels": (2, 0)}, "conv_kernels", 0),
     ("cca", {"conv_kernels": (2,)}, "conv_kernels", 2),
     ("cca", {"temp": "none"}, "temp", "none"),
-    ("cca", {"qk_norm": True}, "qk_norm", "true"),
     ("cca", {"add": ("mla",)}, "add", "mla"),
 ]
 
@@ -89,6 +88,11 @@ def oracle(x: Tensor, mixer: Mixer, conv: bool, mean: bool, shift: bool, norm: b
         for g in range(G):
             own = [raw[h] for h in range(H) if h * G // H == g]
             new[H + g] = new[H + g] + (sum(own) / len(own) + raw[H + g]) / 2
+    if "QKNorm" in stages:
+        gains = [stages["QKNorm"].q_gain] * H + [stages["QKNorm"].k_gain] * G
+        new = [
+            z / (z.pow(2).mean(1, keepdim=True) + 1e-6).sqrt() * w for z, w in zip(new, gains, strict=True)
+        ]
     if norm:
         new = [math.sqrt(d) * z / z.norm(dim=1, keepdim=True) for z in new]
         tau = stages["SphereNorm"].tau
@@ -108,6 +112,7 @@ TOGGLES = ["conv", "qk_mean", "value_shift", "unit_norm"]
         {"conv_kernels": (3, 2)},
         {"conv_kernels": (1, 4), "temp": "linear"},
         {"qkv_bias": True},
+        {"qk_norm": True},
         *({name: False} for name in TOGGLES),
         dict.fromkeys(TOGGLES[:3], False),
     ],

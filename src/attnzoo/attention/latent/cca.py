@@ -148,10 +148,6 @@ def compress(
         raise ValueError(
             f"conv_kernels: must be two taps of at least 1, got {list(conv_kernels)}; set conv=false for none"
         )
-    if unit_norm and draft.host["qk_norm"]:
-        raise ValueError(
-            "qk_norm: an RMSNorm of keys undoes their temperature, got true; set unit_norm=false as well"
-        )
     if draft.host["head_dim"] is None:
         width = max(2, draft.dim // (4 * draft.num_heads) * 2)
         if draft.v_head_dim == draft.head_dim:  # a layer around it may want values of a width of its own
