@@ -115,7 +115,6 @@ def row_of(
             problems.append("context not used")
     with (folder / "metrics.jsonl").open() as file:
         row["largest_grad_norm"] = f"{max(json.loads(line)['grad_norm'] for line in file):.3g}"
-    row["tokens_per_second"] = round(summary["tokens_per_second"])
     return row | {"verdict": "; ".join(problems) or "learns"}
 
 

@@ -72,8 +72,8 @@ def flex_rule(mask: Mask, query: Axis, key: Axis, batch: int) -> Callable[..., T
         return lambda b, h, i, j: mask.rule(q_order[b, i], k_order[b, j])
     doc = torch.zeros_like(query.order) if query.doc is None else query.doc
     q_doc, k_doc = doc.expand(batch, -1), key.doc.expand(batch, -1)
-    return lambda b, h, i, j: mask.rule(q_order[b, i], k_order[b, j]) & (
-        (q_doc[b, i] == k_doc[b, j]) | (k_doc[b, j] == EVERY)
+    return lambda b, h, i, j: (
+        mask.rule(q_order[b, i], k_order[b, j]) & ((q_doc[b, i] == k_doc[b, j]) | (k_doc[b, j] == EVERY))
     )
 
 
