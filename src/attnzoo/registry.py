@@ -4,79 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import walk_packages
-from typing import Any, Literal
+from typing import Any
 
 from attnzoo import options as opts
-from attnzoo.attention.base import Mixer, Site
-from attnzoo.attention.draft import Draft, Frame, OwnFrame, RecurrentFrame, ScoreFrame
+from attnzoo.attention.base import Mixer
+from attnzoo.attention.draft import Draft
 from attnzoo.attention.own import AsIs
-
-TRAITS = ("causal", "prefix_consistent", "row_independent", "decodes", "packs", "trains")
-FRAMES: dict[str, type[Frame]] = {
-    "score": ScoreFrame,
-    "recurrent": RecurrentFrame,
-    "own": OwnFrame,
-}
-Choose = Callable[..., str]  # choose(site, **options of the variant) -> frame
-
-
-@dataclass(frozen=True)
-class Card:
-    """What there is to know about a variant.
-
-    Args:
-        name: registry name. title: in words. paper: title; arxiv: id. family: folder of the zoo.
-        summary: one sentence. cached: what decoding stores.
-        adapted: what of the paper looks ahead, and the causal form that stands here; empty: causal by nature.
-        traits: properties that hold (all True unless the mathematics forbids it); see ``TRAITS``.
-        claims: headline claims of the paper with their conditions.
-        small: options under which the mechanism shows at some twenty tokens; the property suite uses them
-            too.
-        layers: how many layers show the mechanism, where it spans several; the property suite tests a stack.
-        no_grad: parameters without gradient -> reason.
-        defaults: every option with its default; filled in by `register`.
-    """
-
-    name: str
-    title: str
-    family: str
-    summary: str
-    paper: str = ""
-    arxiv: str = ""
-    cached: str = "keys and values"
-    adapted: str = ""
-    traits: Mapping[str, bool] = field(default_factory=dict)
-    claims: tuple[str, ...] = ()
-    small: Mapping[str, Any] = field(default_factory=dict)
-    layers: int = 1
-    no_grad: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A registered variant: its card, its change of a draft, and the frames the change fits (its own
-    first, unless ``choose`` says which by layer and options).
-    """
-
-    card: Card
-    change: Callable[..., None]
-    frames: tuple[str, ...]
-    host: Mapping[str, Any]
-    fixed: Mapping[str, str]
-    choose: Choose | None = None
-    branches: tuple[str, ...] = ()
-
-    def own_frames(self) -> tuple[str, ...]:
-        """The frames that it can have when it is created by its name."""
-        return self.frames if self.choose else self.frames[:1]
-
+from attnzoo.cards import TRAITS, Card, Choose, Entry
+from attnzoo.composition import (
+    FRAMES,
+    added,
+    check_size,
+    common,
+    frames_of,
+    host_options,
+    names_of,
+    site_of,
+    sort_options,
+)
 
 _entries: dict[str, Entry] = {}
 
@@ -108,7 +59,7 @@ def register(
         if trait not in TRAITS:
             raise opts.unknown("traits", trait, TRAITS, card.name)
     own = frames if choose else frames[:1]
-    frame = {name: p for f in reversed(own) for name, p in _host_options(f).items()}
+    frame = {name: p for f in reversed(own) for name, p in host_options(f).items()}
     for name in (*host, *fixed):
         if name not in frame:
             raise opts.unknown("option", name, frame, f"frame {' or '.join(own)}")
@@ -147,14 +98,15 @@ def create(name: str, dim: int, num_heads: int, **options: Any) -> Mixer:
 def build(name: str, dim: int, num_heads: int, options: Mapping[str, Any], bank: dict[str, Any]) -> Mixer:
     """`create`, for a layer of a model whose layers share the modules in ``bank``."""
     entry, options = _entry(name), dict(options)
-    _check_size("dim", dim)
-    _check_size("num_heads", num_heads)
-    title, others, layers = _frames_of(entry, options, bank)
+    check_size("dim", dim)
+    check_size("num_heads", num_heads)
+    title, others, layers = frames_of(entry, options, bank)
     frame = FRAMES[title]
-    adds, later = _added(name, options.pop("add", ()), title, entry.branches, layers)
-    chosen = _sort_options(name, entry, adds, options, title, others, later)
+    named = [_entry(other) for other in names_of(options.pop("add", ()))]
+    adds, later = added(entry, named, title, layers)
+    chosen = sort_options(entry, adds, options, title, others, later)
     host = chosen.pop("")
-    site = _site(host, bank)
+    site = site_of(host, bank)
     draft = Draft(frame, site, dim, num_heads, host=host, current=name)
     frame.begin(draft, **{k: host[k] for k in opts.keyword_options(frame.begin)})
     for member in adds:
@@ -196,8 +148,8 @@ def branch(
         draft: of the mixer around it. change: edits the branch's draft. num_heads: default the draft's.
         host: options of the branch's frame, whose defaults hold otherwise.
     """
-    options = {k: p.default for k, p in _host_options(frame).items()}
-    shared = {k: v for k, v in draft.host.items() if k in opts.keyword_options(_common)}
+    options = {k: p.default for k, p in host_options(frame).items()}
+    shared = {k: v for k, v in draft.host.items() if k in opts.keyword_options(common)}
     options |= shared | host
     inner = Draft(
         FRAMES[frame],
@@ -232,7 +184,7 @@ def list_variants(pattern: str = "*", family: str | None = None) -> list[str]:
 
 def card(name: str, add: str | Sequence[str] = ()) -> Card:
     """The card of a variant; with ``add``, of a composition, which has the traits that all members have."""
-    entries = [_entry(n) for n in (name, *_names(add))]
+    entries = [_entry(n) for n in (name, *names_of(add))]
     own, *others = every = [e.card for e in entries]
     if not others:
         return own
@@ -255,167 +207,9 @@ def legal_options(name: str, add: tuple[str, ...] = ()) -> set[str]:
     """Names of the options that `create` takes for ``name``."""
     entries = [_entry(n) for n in (name, *add)]
     frames = entries[0].own_frames()
-    host = {o for f in frames for o in _host_options(f)} - entries[0].fixed.keys()
+    host = {o for f in frames for o in host_options(f)} - entries[0].fixed.keys()
     own = {o for e in entries for o in opts.keyword_options(e.change)}
     return {"add", *host, *entries[0].card.defaults, *own}
-
-
-def _common(
-    *,
-    impl: Literal["auto", "reference", "sdpa", "flex", "triton", "xformers"] = "auto",
-    layer_idx: int = 0,
-    num_layers: int = 1,
-    max_seq_len: int = 2048,
-) -> None:
-    """Options of every mixer; only their signature is used."""
-
-
-def _frames_of(
-    entry: Entry, options: Mapping[str, Any], bank: dict[str, Any]
-) -> tuple[str, set[str], set[str]]:
-    """The frame of a variant at its layer, under its own options; those that layers can have; those that the
-    layers of its model have.
-    """
-    if entry.choose is None:
-        return entry.frames[0], set(entry.frames[:1]), set(entry.frames[:1])
-    place = {
-        k: opts.check(k, options.get(k, p.default), p.annotation)
-        for k, p in opts.keyword_options(_common).items()
-    }
-    own = {
-        k: opts.check(k, options.get(k, p.default), p.annotation)
-        for k, p in opts.keyword_options(entry.change).items()
-    }
-    site = _site(place, bank)
-    # the first also where one layer stands alone, for those that it stands for
-    some, real = (
-        {entry.choose(site._replace(layer=i), **own) for i in range(depth)}
-        for depth in (max(site.depth, 16), site.depth)
-    )
-    return entry.choose(site, **own), some, real
-
-
-def _site(options: Mapping[str, Any], bank: dict[str, Any]) -> Site:
-    layer, depth, longest = (options[name] for name in ("layer_idx", "num_layers", "max_seq_len"))
-    _check_size("num_layers", depth)
-    _check_size("max_seq_len", longest)
-    if not 0 <= layer < depth:
-        raise ValueError(
-            f"layer_idx: must be in 0..num_layers-1={depth - 1}, got {layer}; set num_layers as well"
-        )
-    return Site(layer, depth, longest, bank=bank)
-
-
-@cache
-def _host_options(frame: str) -> dict[str, Any]:
-    return opts.keyword_options(FRAMES[frame].begin) | opts.keyword_options(_common)
-
-
-def _check_size(field: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field}: must be an integer of at least 1, got {value!r}")
-
-
-def _names(add: Any) -> list[str]:
-    """The option ``add`` as a list."""
-    return [add] if isinstance(add, str) else list(add or ())
-
-
-def _added(
-    name: str, add: Any, frame: str, branches: tuple[str, ...], layers: set[str]
-) -> tuple[list[Entry], list[Entry]]:
-    """The entries of ``add``, whose changes the frame or a branch must have a place for, and those that have
-    it in other layers of the model only, to which they are left.
-    """
-    names = _names(add)
-    entries, later = [], []
-    for other in names:
-        entry = _entry(other)
-        if other == name or names.count(other) > 1:
-            raise ValueError(f"add: {other!r} is already part of the composition; name it once")
-        if not {frame, *branches} & {*entry.frames}:
-            if layers & {*entry.frames}:
-                later.append(entry)
-                continue
-            raise ValueError(
-                f"add: {other!r} changes {FRAMES[entry.frames[0]].title}, {name!r} is {FRAMES[frame].title}: "
-                f"{FRAMES[frame].lacks}; leave it out"
-            )
-        entries.append(entry)
-    return entries, later
-
-
-def _sort_options(
-    name: str,
-    entry: Entry,
-    adds: list[Entry],
-    options: Mapping[str, Any],
-    frame: str,
-    others: set[str],
-    later: list[Entry],
-) -> dict[str, dict[str, Any]]:
-    """Checked options per member of the composition, defaults filled in; the frame's under ``""``.
-
-    Options of the frames ``others``, which the variant has in other layers, and of the variants ``later``,
-    which are added there, are left to those.
-    """
-    members = {e.card.name: opts.keyword_options(e.change) for e in (entry, *adds)}
-    tables = {"": _host_options(frame), **members}
-    here, defaults = set().union(*tables.values()), entry.card.defaults
-    elsewhere = {o for f in others for o in _host_options(f)}
-    elsewhere |= {o for e in later for o in opts.keyword_options(e.change)}
-    elsewhere -= here
-    # the defaults of a frame that these options rule out say nothing
-    elsewhere |= {
-        o for o, value in options.items() if o not in here and o in defaults and value == defaults[o]
-    }
-    away = {e.card.name for e in later}
-    options = {k: v for k, v in options.items() if k not in elsewhere and k.split(".")[0] not in away}
-    chosen = {member: {k: p.default for k, p in table.items()} for member, table in tables.items()}
-    set_by: dict[str, str] = {}
-    for e in (entry, *adds):
-        for option, value in e.host.items():
-            if option not in tables[""]:
-                continue
-            against = next((o for o in (entry, *adds) if option in o.fixed and o is not e), None)
-            before = chosen[""][option] if option in set_by else value
-            if option in options and (against or before != value):
-                continue  # the caller decides
-            if against:
-                raise ValueError(
-                    f"{option}: {against.fixed[option]}, got {value!r} by {e.card.name}; "
-                    f"leave {e.card.name} or {against.card.name} out"
-                )
-            if before != value:
-                raise ValueError(
-                    f"add: {set_by[option]} presets {option}={before!r}, {e.card.name} {value!r}; "
-                    f"set {option}, or leave one of them out"
-                )
-            chosen[""][option], set_by[option] = value, e.card.name
-    for key, value in opts.flatten(options, members).items():
-        if key in FRAMES[frame].absent and not any(key in table for table in tables.values()):
-            raise ValueError(f"{key}: {FRAMES[frame].absent[key]}, got {value!r}; leave it out")
-        owner, option = _owner(key, name, tables)
-        if owner == "":
-            for e in (entry, *adds):
-                if option in e.fixed and value != chosen[""][option]:
-                    raise ValueError(f"{option}: {e.fixed[option]}, got {value!r}; leave it out")
-        chosen[owner][option] = opts.check(key, value, tables[owner][option].annotation)
-    return chosen
-
-
-def _owner(key: str, name: str, tables: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
-    prefix, _, option = key.rpartition(".")
-    if prefix:
-        if prefix not in tables or option not in tables[prefix]:
-            raise opts.unknown("option", key, [f"{m}.{o}" for m, t in tables.items() if m for o in t], name)
-        return prefix, option
-    owners = [member for member, table in tables.items() if key in table]
-    if not owners:
-        raise opts.unknown("option", key, {"add"}.union(*tables.values()), name)
-    if len(owners) > 1:
-        raise ValueError(f"{key}: {' and '.join(owners)} both have it; write {owners[-1]}.{key}")
-    return owners[0], key
 
 
 def _entry(name: str) -> Entry:

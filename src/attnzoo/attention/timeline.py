@@ -16,7 +16,6 @@ from torch import Tensor
 
 from attnzoo.context import Context
 
-
 EVERY = -2  # the document of a key that all documents have
 
 
