@@ -11,7 +11,8 @@ import torch
 
 import attnzoo
 from attnzoo import registry
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.cli import main
 from attnzoo.train.checkpoint import find_checkpoint, read_checkpoint

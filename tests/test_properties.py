@@ -9,9 +9,7 @@ import pytest
 import attnzoo
 from attnzoo.testing import PROPERTIES, Subject
 
-CASES = {
-    key: subject for name in attnzoo.list_variants() for key, subject in Subject.cases(name).items()
-}
+CASES = {key: subject for name in attnzoo.list_variants() for key, subject in Subject.cases(name).items()}
 # compositions that must work, each with options under which its stages show
 COMPOSED = [
     ("kha", {"num_kv_heads": 2, "window": 4, "n_sink": 1, "kind": "mlp"}),

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attnzoo.attention import timeline
-from attnzoo.attention.base import Call, Site
+from attnzoo.attention.call import Call
 from attnzoo.attention.memory import Memory, Retain, Slot, build_cache
+from attnzoo.attention.site import Site
 from attnzoo.attention.stages.running import before, count, running_logsumexp, running_max, running_sum
 from attnzoo.context import Context
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo import registry
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from runs import train
 
@@ -76,7 +77,7 @@ def test_a_resumed_run_hears_the_same(tmp_path: Path, listening) -> None:
     HEARD.clear()
     half = tmp_path / "straight" / "checkpoints" / "step-00000002.pt"
     run, _ = train(tmp_path, *common, f"ckpt_path={half}", name="resumed")
-    assert len(whole) == 8 and HEARD == whole[4:]
+    assert len(whole) == 8 and whole[4:] == HEARD
     # buffers that steps change are part of the checkpoint
     assert all(int(mixer.combine[0].steps) == 4 for mixer in run.model.mixers)
 

@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any, Literal
 
 from attnzoo import options as opts
-from attnzoo.attention.base import Site
 from attnzoo.attention.draft import Frame
 from attnzoo.attention.frames import OwnFrame, RecurrentFrame, ScoreFrame
+from attnzoo.attention.site import Site
 from attnzoo.cards import Entry
 
 FRAMES: dict[str, type[Frame]] = {

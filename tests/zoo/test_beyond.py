@@ -11,10 +11,11 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import timeline
-from attnzoo.attention.base import Call, Raw, Site
 from attnzoo.attention.beyond.discrete_kv_bottleneck import Bottleneck
 from attnzoo.attention.beyond.focused_transformer import CrossBatch
 from attnzoo.attention.beyond.recurrent_memory_chunked import MemoryReads
+from attnzoo.attention.call import Call, Raw
+from attnzoo.attention.site import Site
 from attnzoo.attention.stages.mask import Causal
 from attnzoo.context import Collector, Context
 from attnzoo.data.sampler import Sampler

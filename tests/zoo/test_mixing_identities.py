@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.attention.base import Call, Mixer, Stage
+from attnzoo.attention.base import Mixer, Stage
+from attnzoo.attention.call import Call
 from attnzoo.testing import mixing_matrix
 from tiny import D, H, T, tokens
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.attention import timeline
-from attnzoo.attention.base import Call, Mixer, Site
+from attnzoo.attention.base import Mixer
+from attnzoo.attention.call import Call
 from attnzoo.attention.latent.chunk_read import ChunkEnds, ChunkRead
 from attnzoo.attention.score import Single
+from attnzoo.attention.site import Site
 from attnzoo.attention.stages.mask import Causal, band
 from attnzoo.context import Context
 from attnzoo.ops.attention import Keys, attention

@@ -3,154 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.attention import timeline
-from attnzoo.attention.memory import Cache, Clock, Memory, Retain, Slot, build_cache
-from attnzoo.attention.timeline import Axis, Timeline
+from attnzoo.attention.call import Call
+from attnzoo.attention.memory import Cache, Clock, Retain, Slot, build_cache
+from attnzoo.attention.site import Site
 from attnzoo.context import Context
 from attnzoo.cost import Cost, Work, tally
 from attnzoo.objective import BlockDiffusion
-
-INIT_STD = 0.02
-
-
-class Plain:
-    """The default weight provider: one `nn.Linear` per name."""
-
-    def linear(
-        self,
-        name: str,
-        d_in: int,
-        d_out: int,
-        bias: bool = False,
-        std: float = INIT_STD,
-        parts: Sequence[int] | None = None,
-    ) -> nn.Module:
-        """A linear map, weights N(0, std²), zero bias.
-
-        Args:
-            name: which matrix of the layer it is.
-            parts: widths of the matrices that lie side by side in it (default: it is one); a provider that
-                shares or makes weights may treat each on its own. What it returns may have
-                ``weight_flops()``, the FLOPs of making the weights once per forward.
-        """
-        layer = nn.Linear(d_in, d_out, bias=bias)
-        nn.init.normal_(layer.weight, std=std)
-        if bias:
-            nn.init.zeros_(layer.bias)
-        return layer
-
-
-class Site(NamedTuple):
-    """Where a mixer stands: ``layer`` of ``depth``, the longest sequence, who makes its weights, and the
-    modules that the layers of its model share.
-    """
-
-    layer: int = 0
-    depth: int = 1
-    max_len: int = 2048
-    weights: Plain = Plain()
-    bank: dict[str, nn.Module] | None = None
-
-    def shared(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
-        """The module that all layers of the model know by ``name``, made by the first that asks.
-
-        Register it on a stage: each layer then has it among its parameters, a model counts it once.
-        """
-        bank = {} if self.bank is None else self.bank
-        if name not in bank:
-            bank[name] = make()
-        return bank[name]
-
-    @property
-    def out_std(self) -> float:
-        """Standard deviation of output projections: the stream keeps its scale over depth."""
-        return INIT_STD / math.sqrt(2 * self.depth)
-
-
-def flag(
-    param: nn.Parameter, *, decay: bool = True, lr_scale: float = 1.0, reinit: bool = True
-) -> nn.Parameter:
-    """Writes on a parameter what it asks of the optimiser and of initialisation passes."""
-    param.no_weight_decay, param.lr_scale, param.no_reinit = not decay, lr_scale, not reinit
-    return param
-
-
-class Raw(NamedTuple):
-    """Queries, keys and values ``(B, heads, T, d)`` before position; an absorbed read makes no k and v."""
-
-    q: Tensor
-    k: Tensor | None
-    v: Tensor | None
-
-
-class Call:
-    """One forward of one layer: the last argument of every stage.
-
-    Attributes:
-        x: ``(B, T, D)`` input, padding at the right and zero.
-        residual: ``(B, T, D)`` the un-normalised stream (``x`` where the caller gave none).
-        line: documents and positions of this forward; ``mem``: the layer's memory; ``shared``: the Context's
-            dict.
-        impl: what ops beside scores are asked for: "auto", "reference" or "triton".
-        raw: q, k, v before position, once the projection has run.
-        notes: what a stage hands to a later one of the same forward, by name.
-    """
-
-    def __init__(
-        self, site: Site, x: Tensor, ctx: Context, line: Timeline, cache: Cache | None, impl: str = "auto"
-    ) -> None:
-        self.site, self.line, self.ctx, self.impl = site, line, ctx, impl
-        self.shared = ctx.shared
-        own = ctx.timeline is None
-        self.x = line.compact(x) if own else x
-        self.mem = Memory(line, cache)
-        self.raw: Raw | None = None
-        self.notes: dict[str, Any] = {}
-
-    @property
-    def residual(self) -> Tensor:
-        if self.ctx.residual is None:
-            return self.x
-        return self.line.compact(self.ctx.residual) if self.ctx.timeline is None else self.ctx.residual
-
-    @property
-    def query(self) -> Axis:
-        """Order and document of this forward's tokens."""
-        return Axis(self.line.order, self.line.doc)
-
-    @property
-    def collects(self) -> bool:
-        return self.ctx.collector is not None
-
-    def aux(self, name: str, loss: Tensor, weight: float) -> None:
-        """Reports an auxiliary loss (a scalar, not yet weighted) of this layer."""
-        if self.ctx.collector is not None:
-            self.ctx.collector.loss(name, self.site.layer, loss, weight)
-
-    def stat(self, name: str, value: Tensor) -> None:
-        """Reports a diagnostic; ``(B, T, ...)`` values come out in the caller's order, zero at padding."""
-        if self.ctx.collector is not None:
-            per_token = value.shape[:2] == self.x.shape[:2]
-            self.ctx.collector.stat(name, self.site.layer, self.line.restore(value) if per_token else value)
-
-    def step(self, name: str, value: Tensor) -> None:
-        """Reports a statistic of this forward that `Stage.on_step` gets after the optimiser's step."""
-        if self.ctx.collector is not None:
-            self.ctx.collector.step(name, self.site.layer, value)
-
-    def mean_over_tokens(self, z: Tensor) -> Tensor:
-        """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding."""
-        valid = self.line.valid
-        if valid is None:
-            return z.flatten(0, 1).mean(0)
-        weight = valid.to(z.dtype).reshape(*valid.shape, *(1,) * (z.dim() - 2))
-        return (z * weight).flatten(0, 1).sum(0) / weight.sum().clamp(min=1)
 
 
 class Stage(nn.Module):

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from attnzoo.attention.base import Mixer, Site, Stage
+from attnzoo.attention.base import Mixer, Stage
+from attnzoo.attention.site import Site
 from attnzoo.objective import BlockDiffusion
 
 CHAINS = ("refine", "combine", "after")

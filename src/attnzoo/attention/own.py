@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Choices, Mixer, Stage, same
+from attnzoo.attention.base import Choices, Mixer, Stage, same
+from attnzoo.attention.call import Call
 from attnzoo.attention.memory import Retain
 from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Choices, Mixer, Raw, Stage
+from attnzoo.attention.base import Choices, Mixer, Stage
+from attnzoo.attention.call import Call, Raw
 from attnzoo.attention.implementation import choose_scan
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.stages.combine import combined

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Mixer, Raw, Stage
+from attnzoo.attention.base import Mixer, Stage
+from attnzoo.attention.call import Call, Raw
 from attnzoo.attention.memory import Retain
 from attnzoo.attention.stages.combine import combined
 from attnzoo.attention.timeline import Axis

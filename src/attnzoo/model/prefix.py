@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention import timeline
-from attnzoo.attention.base import INIT_STD, flag
+from attnzoo.attention.site import INIT_STD, flag
 from attnzoo.attention.timeline import Clock
 from attnzoo.context import Context
 from attnzoo.cost import Cost

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention import timeline
-from attnzoo.attention.base import Call, Mixer, Stage
+from attnzoo.attention.base import Mixer, Stage
+from attnzoo.attention.call import Call
 from attnzoo.context import Context
 
 DENOMINATOR = 10  # combine stages up to this rank belong to the sum, those after it to the output

@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.timeline import Axis

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.stages.mask import Mask, Window
 from attnzoo.attention.stages.position import NoPosition
 from attnzoo.cost import Work

@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call
 from attnzoo.attention.beyond.far_memory import FarMemory
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.score import Single
 from attnzoo.attention.stages.mask import Mask, Static, band

@@ -23,11 +23,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, flag
 from attnzoo.attention.beyond.chunks import Chunks, OwnChunk, Summaries, chunk_means, find_chunks, goes_on
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Single
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work

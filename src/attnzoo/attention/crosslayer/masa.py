@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import INIT_STD, Site, flag
 from attnzoo.attention.crosslayer.provider import Bank, provide
 from attnzoo.attention.draft import Draft
+from attnzoo.attention.site import INIT_STD, Site, flag
 from attnzoo.registry import Card, register
 
 

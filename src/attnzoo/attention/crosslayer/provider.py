@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import INIT_STD, Plain
 from attnzoo.attention.draft import Draft
+from attnzoo.attention.site import INIT_STD, Plain
 
 # the matrices that lie side by side in what projection stages ask for
 MATRICES = {"qkv": "qkv", "q": "q", "k": "k", "v": "v", "kv": "kv", "out": "o"}

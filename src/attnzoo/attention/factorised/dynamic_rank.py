@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.factorised.ordered import OrderedFactors, SharedRank, check_ranks, default_ranks
 from attnzoo.attention.factorised.rank_policy import SegmentRank

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.factorised.ordered import OrderedFactors
 from attnzoo.attention.memory import Slot
 from attnzoo.cost import Work

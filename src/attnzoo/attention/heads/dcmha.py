@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, flag
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import ScoreStage
+from attnzoo.attention.site import flag
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.registry import Card, register

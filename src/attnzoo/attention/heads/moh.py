@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, flag
+from attnzoo.attention.call import Call
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.position import Rope
 
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, flag
+from attnzoo.attention.call import Call
 from attnzoo.attention.memory import Slot
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.long_conv import (
     carried_conv,
     long_conv,

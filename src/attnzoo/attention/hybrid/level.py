@@ -26,9 +26,7 @@ class Level(NamedTuple):
     seen: Tensor
 
 
-def completed(
-    fine: Level, ends: Tensor, reads: Tensor, room: int, rate: int
-) -> tuple[Tensor, Level]:
+def completed(fine: Level, ends: Tensor, reads: Tensor, room: int, rate: int) -> tuple[Tensor, Level]:
     """The next coarser level, still without its values.
 
     Args:

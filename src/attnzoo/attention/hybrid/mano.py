@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Choices, flag, same
+from attnzoo.attention.base import Choices, same
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.level import Level, completed
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.mask import Blocks, Causal
 from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.attention.timeline import Axis

@@ -26,12 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Choices, Stage, flag, same
+from attnzoo.attention.base import Choices, Stage, same
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.bias import RotaryBias, TableBias
 from attnzoo.attention.hybrid.ema import DampedAverage
 from attnzoo.attention.memory import Retain, Slot
 from attnzoo.attention.own import Core
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.mask import Blocks, band
 from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.cost import Work

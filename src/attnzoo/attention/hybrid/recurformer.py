@@ -18,7 +18,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Mixer
+from attnzoo.attention.base import Mixer
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.selective import default_rank, state_space
 from attnzoo.attention.own import Parallel

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.score import Single
 from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import EVERY, Axis

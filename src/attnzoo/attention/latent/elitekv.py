@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.latent import Latent, settle
 from attnzoo.attention.stages.position import NoPosition

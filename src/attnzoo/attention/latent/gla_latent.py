@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.latent import FIXED, Latent, check_rank, settle, sizes
 from attnzoo.ops.fused import rms_norm

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Choices, Stage, same
+from attnzoo.attention.base import Choices, Stage, same
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import plain_sum
 from attnzoo.attention.memory import Slot

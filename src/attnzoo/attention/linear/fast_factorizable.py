@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Site, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.based import Taylor
 from attnzoo.attention.linear.linear import plain_sum
+from attnzoo.attention.site import Site
 from attnzoo.attention.stages.refine import L2Norm
 from attnzoo.ops.taylor import polynomial
 from attnzoo.registry import Card, register

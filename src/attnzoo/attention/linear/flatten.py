@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Stage, flag
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import Normaliser, plain_sum
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.combine import LocalConv
 from attnzoo.registry import Card, register
 

@@ -19,7 +19,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.running import count
 from attnzoo.registry import Card, register

@@ -28,7 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Choices, Site, Stage
+from attnzoo.attention.base import Choices, Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.implementation import choose_scan
 from attnzoo.attention.linear.linear import plain_sum
@@ -36,6 +37,7 @@ from attnzoo.attention.linear.slots import two_scans
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms, scanned
 from attnzoo.attention.score import Single
+from attnzoo.attention.site import Site
 from attnzoo.attention.stages.mask import Blocks, Causal, Mask, Static
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, computed_pairs

@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.memory import Slot

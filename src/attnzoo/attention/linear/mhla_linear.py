@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Choices, Stage, flag, same
+from attnzoo.attention.base import Choices, Stage, same
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.blocks import Layout
 from attnzoo.attention.stages.combine import Gate, HeadNorm
 from attnzoo.attention.stages.refine import ShortConv

@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Stage, flag
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.recurrent import Terms
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.combine import HeadNorm
 from attnzoo.attention.stages.refine import L2Norm
 from attnzoo.registry import Card, register

@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Choices, Stage, same
+from attnzoo.attention.base import Choices, Stage, same
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.linear.mala import local_terms

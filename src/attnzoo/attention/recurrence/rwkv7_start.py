@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Site, flag
+from attnzoo.attention.site import Site, flag
 
 # exponents of the blends with the previous token
 BLEND = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}

@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Mixer, flag
+from attnzoo.attention.base import Mixer
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.project import QKV, MappedQKV, consecutive
 from attnzoo.registry import Card, register
 

@@ -18,7 +18,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Late

@@ -24,10 +24,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Site, Stage, flag
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Early
+from attnzoo.attention.site import Site, flag
 from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys

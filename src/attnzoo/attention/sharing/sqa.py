@@ -21,7 +21,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.cost import Work

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnzoo.attention.base import Call, Mixer, flag
+from attnzoo.attention.base import Mixer
+from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft, set_heads
+from attnzoo.attention.site import flag
 from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.registry import Card, register
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo_kernels.rows import LEAST_RECOMPUTED
 
 BASE = 32  # tokens per block inside which a matrix product beats the transform

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Site, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
+from attnzoo.attention.site import Site
 from attnzoo.cost import Work
 from attnzoo.ops.fused import linear
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call, Site, Stage
+from attnzoo.attention.base import Stage
+from attnzoo.attention.call import Call
 from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Early
+from attnzoo.attention.site import Site
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear
 

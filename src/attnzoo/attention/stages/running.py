@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnzoo.attention.base import Call
+from attnzoo.attention.call import Call
 from attnzoo.ops.cumulative import logcumsumexp
 
 ENDLESS = 1 << 62  # tokens of a block that no document fills

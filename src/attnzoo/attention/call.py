@@ -1,0 +1,84 @@
+"""One forward of one layer, as its stages see it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from attnzoo.attention.memory import Cache, Memory
+from attnzoo.attention.site import Site
+from attnzoo.attention.timeline import Axis, Timeline
+from attnzoo.context import Context
+
+
+class Raw(NamedTuple):
+    """Queries, keys and values ``(B, heads, T, d)`` before position; an absorbed read makes no k and v."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+
+
+class Call:
+    """One forward of one layer: the last argument of every stage.
+
+    Attributes:
+        x: ``(B, T, D)`` input, padding at the right and zero.
+        residual: ``(B, T, D)`` the un-normalised stream (``x`` where the caller gave none).
+        line: documents and positions of this forward; ``mem``: the layer's memory; ``shared``: the Context's
+            dict.
+        impl: what ops beside scores are asked for: "auto", "reference" or "triton".
+        raw: q, k, v before position, once the projection has run.
+        notes: what a stage hands to a later one of the same forward, by name.
+    """
+
+    def __init__(
+        self, site: Site, x: Tensor, ctx: Context, line: Timeline, cache: Cache | None, impl: str = "auto"
+    ) -> None:
+        self.site, self.line, self.ctx, self.impl = site, line, ctx, impl
+        self.shared = ctx.shared
+        own = ctx.timeline is None
+        self.x = line.compact(x) if own else x
+        self.mem = Memory(line, cache)
+        self.raw: Raw | None = None
+        self.notes: dict[str, Any] = {}
+
+    @property
+    def residual(self) -> Tensor:
+        if self.ctx.residual is None:
+            return self.x
+        return self.line.compact(self.ctx.residual) if self.ctx.timeline is None else self.ctx.residual
+
+    @property
+    def query(self) -> Axis:
+        """Order and document of this forward's tokens."""
+        return Axis(self.line.order, self.line.doc)
+
+    @property
+    def collects(self) -> bool:
+        return self.ctx.collector is not None
+
+    def aux(self, name: str, loss: Tensor, weight: float) -> None:
+        """Reports an auxiliary loss (a scalar, not yet weighted) of this layer."""
+        if self.ctx.collector is not None:
+            self.ctx.collector.loss(name, self.site.layer, loss, weight)
+
+    def stat(self, name: str, value: Tensor) -> None:
+        """Reports a diagnostic; ``(B, T, ...)`` values come out in the caller's order, zero at padding."""
+        if self.ctx.collector is not None:
+            per_token = value.shape[:2] == self.x.shape[:2]
+            self.ctx.collector.stat(name, self.site.layer, self.line.restore(value) if per_token else value)
+
+    def step(self, name: str, value: Tensor) -> None:
+        """Reports a statistic of this forward that `Stage.on_step` gets after the optimiser's step."""
+        if self.ctx.collector is not None:
+            self.ctx.collector.step(name, self.site.layer, value)
+
+    def mean_over_tokens(self, z: Tensor) -> Tensor:
+        """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding."""
+        valid = self.line.valid
+        if valid is None:
+            return z.flatten(0, 1).mean(0)
+        weight = valid.to(z.dtype).reshape(*valid.shape, *(1,) * (z.dim() - 2))
+        return (z * weight).flatten(0, 1).sum(0) / weight.sum().clamp(min=1)
