@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnzoo import card, create
 from attnzoo.attention.base import Mixer, Stage, same
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Slot
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Mask, Static
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from attnzoo.attention import timeline
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Memory, Retain, Slot, build_cache
+from attnzoo.attention.memory import Memory
 from attnzoo.attention.site import Site
+from attnzoo.attention.slots import Retain, Slot, build_cache
 from attnzoo.attention.stages.running import before, count, running_logsumexp, running_max, running_sum
 from attnzoo.context import Context
 

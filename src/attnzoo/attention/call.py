@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from attnzoo.attention.memory import Cache, Memory
+from attnzoo.attention.memory import Memory
 from attnzoo.attention.site import Site
+from attnzoo.attention.slots import Cache
 from attnzoo.attention.timeline import Axis, Timeline
 from attnzoo.context import Context
 

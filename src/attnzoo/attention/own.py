@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Choices, Mixer, Stage, same
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Retain
+from attnzoo.attention.slots import Retain
 from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work
 

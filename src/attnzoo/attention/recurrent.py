@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Choices, Mixer, Stage
 from attnzoo.attention.call import Call, Raw
 from attnzoo.attention.implementation import choose_scan
-from attnzoo.attention.memory import Slot
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work
 from attnzoo.ops.scan import scan

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Mixer, Stage
 from attnzoo.attention.call import Call, Raw
-from attnzoo.attention.memory import Retain
+from attnzoo.attention.slots import Retain
 from attnzoo.attention.stages.combine import combined
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work

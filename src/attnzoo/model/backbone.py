@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.base import Mixer
-from attnzoo.attention.memory import Cache, Clock
+from attnzoo.attention.memory import Clock
 from attnzoo.attention.site import INIT_STD, flag
+from attnzoo.attention.slots import Cache
 from attnzoo.attention.timeline import Timeline
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from attnzoo.attention.beyond.chunks import Chunks, OwnChunk, Summaries, chunk_means, find_chunks, goes_on
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Single
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work

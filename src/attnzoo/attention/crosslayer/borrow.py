@@ -10,9 +10,9 @@ from torch import Tensor
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Retain
 from attnzoo.attention.score import Late
 from attnzoo.attention.site import Site
+from attnzoo.attention.slots import Retain
 from attnzoo.attention.stages.mask import Static, band
 from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.timeline import Axis

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Late
 from attnzoo.attention.site import INIT_STD, flag
+from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import split_linear

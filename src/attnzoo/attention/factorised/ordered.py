@@ -10,8 +10,8 @@ from torch import Tensor
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Late
+from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.factorised.ordered import OrderedFactors
-from attnzoo.attention.memory import Slot
+from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 
 POOL, PART, WIDE, TAPS = 64, 32, 128, 3

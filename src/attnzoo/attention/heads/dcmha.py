@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import ScoreStage
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.registry import Card, register

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.long_conv import (
     carried_conv,
     long_conv,

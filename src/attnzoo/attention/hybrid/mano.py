@@ -28,9 +28,9 @@ from attnzoo.attention.base import Choices, same
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.level import Level, completed
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Blocks, Causal
 from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.attention.timeline import Axis

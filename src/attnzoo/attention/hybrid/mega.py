@@ -31,9 +31,9 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.bias import RotaryBias, TableBias
 from attnzoo.attention.hybrid.ema import DampedAverage
-from attnzoo.attention.memory import Retain, Slot
 from attnzoo.attention.own import Core
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Retain, Slot
 from attnzoo.attention.stages.mask import Blocks, band
 from attnzoo.attention.stages.refine import QKNorm
 from attnzoo.cost import Work

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Mixer
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core
 from attnzoo.attention.recurrence.mamba2 import mamba2
 from attnzoo.attention.site import Site, flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import FullNorm
 from attnzoo.attention.stages.gates import step_bias, wide
 from attnzoo.attention.stages.refine import causal_conv

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.own import Core, Flat
 from attnzoo.attention.site import Site, flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.long_conv import carried_conv, long_conv_elementwise, long_conv_flops
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.attention.stages.refine import L2Norm, causal_conv
 from attnzoo.cost import Work

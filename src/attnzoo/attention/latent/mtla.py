@@ -28,8 +28,8 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.chunk_read import ChunkEnds, ChunkRead, wide
 from attnzoo.attention.latent.latent import FIXED, Latent, check_rank, settle, sizes
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.stages.running import running_block_sum
 from attnzoo.attention.timeline import Axis

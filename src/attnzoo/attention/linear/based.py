@@ -20,8 +20,8 @@ from attnzoo.attention.base import Choices, Stage, same
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import plain_sum
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms
+from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 from attnzoo.ops.taylor import feature_count, taylor, taylor_flops
 from attnzoo.registry import Card, register

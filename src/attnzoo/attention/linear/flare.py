@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Scan, Terms
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.position import Rope
 from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.attention.stages.running import before, running_logsumexp

@@ -27,8 +27,8 @@ from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, Normaliser, plain_sum
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import Site, flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Blocks, Causal, Static
 from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.stages.refine import causal_conv

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import HeadNorm
 from attnzoo.attention.stages.running import running_sum
 from attnzoo.cost import Work

@@ -34,10 +34,10 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.implementation import choose_scan
 from attnzoo.attention.linear.linear import plain_sum
 from attnzoo.attention.linear.slots import two_scans
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms, scanned
 from attnzoo.attention.score import Single
 from attnzoo.attention.site import Site
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Blocks, Causal, Mask, Static
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, computed_pairs

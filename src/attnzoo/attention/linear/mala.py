@@ -25,8 +25,8 @@ from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, plain_sum
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import NoGates, Terms
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import Gate, LocalConv
 from attnzoo.attention.stages.running import count, running_sum
 from attnzoo.registry import Card, register

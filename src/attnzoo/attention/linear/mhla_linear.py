@@ -26,9 +26,9 @@ from attnzoo.attention.base import Choices, Stage, same
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, plain_sum
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.blocks import Layout
 from attnzoo.attention.stages.combine import Gate, HeadNorm
 from attnzoo.attention.stages.refine import ShortConv

@@ -30,8 +30,8 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import FeatureMap, plain_sum
 from attnzoo.attention.linear.mala import local_terms
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import NoGates, Terms, scanned
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Causal
 from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.attention.stages.running import before, count, running_max, running_sum

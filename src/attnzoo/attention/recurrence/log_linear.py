@@ -26,11 +26,11 @@ from attnzoo.attention.base import Choices, Stage, same
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.gated_deltanet import gated_deltanet
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrence.levels import chunk_of, level_scan
 from attnzoo.attention.recurrence.mamba2 import mamba2
 from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.gates import wide
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register

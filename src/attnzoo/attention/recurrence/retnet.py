@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrent import Terms, scanned
 from attnzoo.attention.site import INIT_STD, Plain, flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import Gate, HeadNorm
 from attnzoo.attention.stages.gates import FixedDecay, wide
 from attnzoo.attention.stages.running import count

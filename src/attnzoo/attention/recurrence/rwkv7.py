@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.recurrence.rwkv7_start import Start
 from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.score import Early
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.gates import wide
 from attnzoo.attention.stages.out import LinearOut
 from attnzoo.cost import Work

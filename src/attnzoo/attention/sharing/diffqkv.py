@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Late
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.project import QKV
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear, swiglu

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.registry import Card, register
 
 

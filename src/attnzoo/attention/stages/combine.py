@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import Site, flag
+from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.cost import Work
 from attnzoo.ops.fused import rms_norm

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Retain
+from attnzoo.attention.slots import Retain
 from attnzoo.attention.timeline import EVERY, Axis
 
 

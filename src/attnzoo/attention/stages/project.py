@@ -10,9 +10,9 @@ from torch import Tensor
 
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.score import Early
 from attnzoo.attention.site import Site
+from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Slot
 from attnzoo.attention.site import flag
+from attnzoo.attention.slots import Slot
 from attnzoo.ops import conv
 from attnzoo.ops.fused import rms_norm
 from attnzoo_kernels.launch import choose
