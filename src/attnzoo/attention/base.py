@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.call import Call
-from attnzoo.attention.memory import Clock
 from attnzoo.attention.site import Site
 from attnzoo.attention.slots import Cache, Retain, Slot, build_cache
+from attnzoo.attention.timeline import Clock
 from attnzoo.context import Context
 from attnzoo.cost import Cost, Work, tally
 from attnzoo.objective import BlockDiffusion

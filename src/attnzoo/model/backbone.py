@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.base import Mixer
-from attnzoo.attention.memory import Clock
 from attnzoo.attention.site import INIT_STD, flag
 from attnzoo.attention.slots import Cache
-from attnzoo.attention.timeline import Timeline
+from attnzoo.attention.timeline import Clock, Timeline
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
 from attnzoo.model.layout import check_layers, legal_of, parse_layout

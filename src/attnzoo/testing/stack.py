@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm
 
 from attnzoo import registry
 from attnzoo.attention import timeline
-from attnzoo.attention.memory import Clock
+from attnzoo.attention.timeline import Clock
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
 from attnzoo.model.backbone import ModelCache, check_layers
