@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import attnzoo
-from attnzoo.model.backbone import default_hidden
+from attnzoo.model.block import default_hidden
 
 VOCAB = 256
 FLOOR = ("aten::mm", "aten::addmm", "aten::bmm", "linear_pointwise", "scaled_dot_product", "_Kept")

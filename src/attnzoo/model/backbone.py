@@ -11,62 +11,18 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.base import Mixer
-from attnzoo.attention.site import INIT_STD, flag
+from attnzoo.attention.site import INIT_STD
 from attnzoo.attention.slots import Cache
-from attnzoo.attention.timeline import Clock, Timeline
+from attnzoo.attention.timeline import Clock
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
+from attnzoo.model.block import Block, RMSNorm, default_hidden
 from attnzoo.model.layout import check_layers, legal_of, parse_layout
 from attnzoo.model.prefix import Prefix, per_token
 from attnzoo.objective import BlockDiffusion
-from attnzoo.ops.fused import linear, rms_norm, split_linear, swiglu
+from attnzoo.ops.fused import linear
 from attnzoo.options import unknown
 from attnzoo.registry import build
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm over the last axis with a gain (arXiv 1910.07467), in at least fp32, in the input's dtype."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = flag(nn.Parameter(torch.ones(dim)), decay=False)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class SwiGLU(nn.Module):
-    """``(silu(x W_gate) * x W_up) W_down`` (arXiv 2002.05202), gate and up in one matrix."""
-
-    def __init__(self, dim: int, hidden: int, out_std: float) -> None:
-        super().__init__()
-        self.halves = [hidden, hidden]
-        self.up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-        nn.init.normal_(self.up.weight, std=INIT_STD)
-        nn.init.normal_(self.down.weight, std=out_std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(self.down, swiglu(*split_linear(self.up, x, self.halves)))
-
-
-class Block(nn.Module):
-    """``h + mixer(norm(h))``, then ``h + mlp(norm(h))``; where the mixer asks for a single residual,
-    ``h + mlp(norm(mixer(norm(h))))``.
-    """
-
-    def __init__(self, mixer: Mixer, dim: int, hidden: int, eps: float) -> None:
-        super().__init__()
-        self.mixer_norm, self.mixer = RMSNorm(dim, eps), mixer
-        self.mlp_norm, self.mlp = RMSNorm(dim, eps), SwiGLU(dim, hidden, mixer.site.out_std)
-
-    def forward(self, h: Tensor, ctx: Context, line: Timeline, cache: Cache | None = None) -> Tensor:
-        y = self.mixer(self.mixer_norm(h), ctx.at(h, line), cache)
-        if self.mixer.single_residual:
-            return h + self.mlp(self.mlp_norm(y))
-        h = h + y
-        return h + self.mlp(self.mlp_norm(h))
 
 
 @dataclass
@@ -234,11 +190,6 @@ def common_objective(mixers: Sequence[Mixer], config: Mapping[str, Any]) -> Bloc
             f"prefix_tokens: would shift the blocks of a document, got {config['prefix_tokens']}; set it to 0"
         )
     return first
-
-
-def default_hidden(dim: int) -> int:
-    """Hidden width of the MLP: 8/3 of ``dim``, up to a multiple of 32, so that it has 8 dim² parameters."""
-    return -(-8 * dim // 3 // 32) * 32 if dim >= 32 else 3 * dim
 
 
 def create_model(

@@ -13,7 +13,8 @@ from attnzoo.attention import timeline
 from attnzoo.attention.timeline import Clock
 from attnzoo.context import Context
 from attnzoo.cost import Cost, add_costs
-from attnzoo.model.backbone import ModelCache, check_layers
+from attnzoo.model.backbone import ModelCache
+from attnzoo.model.layout import check_layers
 
 
 class Stack(nn.Module):
