@@ -22,8 +22,8 @@ from attnzoo.attention.heads.dcmha import Compose
 from attnzoo.attention.heads.kha import SharedHeadMap
 from attnzoo.attention.heads.moh import HeadRouter
 from attnzoo.attention.latent.mla import Latent
-from attnzoo.attention.linear.gated_deltanet import StepDecayBeta
 from attnzoo.attention.linear.linear import FeatureMap, Normaliser
+from attnzoo.attention.recurrence.gated_deltanet import StepDecayBeta
 from attnzoo.attention.stages.combine import Gate, HeadNorm
 from attnzoo.attention.stages.out import LinearOut
 from attnzoo.attention.stages.project import QKV

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from attnzoo.attention.base import Choices, Stage, same
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
-from attnzoo.attention.linear.gated_deltanet import gated_deltanet
+from attnzoo.attention.recurrence.gated_deltanet import gated_deltanet
 from attnzoo.attention.recurrence.levels import chunk_of, level_scan
 from attnzoo.attention.recurrence.mamba2 import mamba2
 from attnzoo.attention.recurrent import Terms

@@ -29,7 +29,7 @@ from attnzoo.registry import Card, register
         title="Gated DeltaNet",
         paper="Gated Delta Networks: Improving Mamba2 with Delta Rule",
         arxiv="2412.06464",
-        family="linear",
+        family="recurrence",
         summary="A fast-weight memory that forgets by a gate and overwrites what a key held.",
         cached="the state S (H_v d_k d_v) and convolution tails: constant in the length",
         claims=("better than Mamba-2 and DeltaNet at 1.3B / 100B tokens on language modelling and recall",),
