@@ -260,3 +260,11 @@ def test_refused(name: str, options: dict[str, Any], field: str, value: object) 
     with pytest.raises(ValueError) as caught:
         attnzoo.create(name, D, H, **options)
     assert str(caught.value).startswith(f"{field}: ") and str(value) in str(caught.value)
+
+
+def test_l2vit_branches_start_small() -> None:
+    """The local branch is added to the stream beside the attention's output, and starts no louder than it."""
+    torch.manual_seed(0)
+    mixer = attnzoo.create("l2vit", 64, 4, layer_idx=1, num_layers=4)
+    x = torch.randn(2, 32, 64)
+    assert mixer(x).square().mean().sqrt() < 0.1

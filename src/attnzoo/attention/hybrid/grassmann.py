@@ -12,7 +12,7 @@ Cached: the last max(lags) vectors z. Our choice: y is added to the stream as ev
 ``residual=false`` gives LayerNorm(y) in place of the stream, as published. Where no pair exists g is 0, not
 b_p; heads are slices of the output, which only gates of a composition see. Two z's at a sine below 1e-2 span
 no plane: text repeats tokens, and beside equal ones the gradient of p / |p| reaches 1e6, which drowns all
-others (gradient norms of 1e11, and nothing learned beyond the last token).
+others, and nothing is learned beyond the last token.
 """
 
 from __future__ import annotations

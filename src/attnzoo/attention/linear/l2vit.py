@@ -11,7 +11,9 @@ The Linear Attention Resurrection in Vision Transformer, arXiv 2501.16182.
 Cached: window layers a ring of k, v; linear layers S (H d d_v) and z (H d) in fp32; tails of convolutions.
 Our choice: convolutions look back only; RMSNorm in place of the released BatchNorm, whose statistics would
 mix later tokens and other documents; the second residual branch is inside y; delta = 1 (released: 100, which
-damps the first few hundred tokens); positions come from the convolution, ``pos=rope`` adds a rotation.
+damps the first few hundred tokens); positions come from the convolution, ``pos=rope`` adds a rotation. The
+last convolution starts as small as an output projection: with a convolution's usual taps the branch is louder
+than the stream at the start, and a small language model learns far less.
 """
 
 from __future__ import annotations
@@ -80,13 +82,16 @@ class Floored(Normaliser):
 class Concentration(Stage):
     """``y + LCM(LayerNorm(residual + y))``: what linear attention spreads is gathered again locally."""
 
-    def __init__(self, dim: int, taps: int, eps: float) -> None:
+    def __init__(self, site: Site, dim: int, taps: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.ln_gain = flag(nn.Parameter(torch.ones(dim)), decay=False)
         self.ln_bias = flag(nn.Parameter(torch.zeros(dim)), decay=False)
         self.mid_gain = flag(nn.Parameter(torch.ones(dim)), decay=False)
-        self.first, self.second = _taps(dim, taps), _taps(dim, taps)
+        self.first = _taps(dim, taps)
+        # what leaves the branch starts as small as an output projection's, or it drowns the stream
+        start = torch.randn(dim, taps) * site.out_std
+        self.second = flag(nn.Parameter(start), decay=False, reinit=False)
 
     def forward(self, y: Tensor, call: Call) -> Tensor:
         z = F.layer_norm(call.residual + y, y.shape[-1:], self.ln_gain, self.ln_bias, self.eps)
@@ -183,4 +188,4 @@ def l2vit(
 
     draft.last(complete)
     if kind == "recurrent" and lcm_kernel:
-        draft.put("after", Concentration(draft.dim, lcm_kernel, host["norm_eps"]))
+        draft.put("after", Concentration(draft.site, draft.dim, lcm_kernel, host["norm_eps"]))
