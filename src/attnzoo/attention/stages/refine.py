@@ -138,7 +138,7 @@ def causal_conv(
     n, T = taps.shape[1], z.shape[1]
     order = None if call.line.doc is None else call.line.order
     kernel = n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton"
-    if z.is_cpu and call.mem.cache is None and act in (None, F.silu):
+    if not kernel and z.is_cpu and call.mem.cache is None and act in (None, F.silu):
         return conv.causal_conv(z, taps, bias, order, act is F.silu)
     # a kernel needs no zeros before the first token
     both = z if kernel and call.mem.cache is None else call.mem.tail(slot, z, n - 1)
