@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnzoo import load
 from attnzoo.cli.zoo import table
-from attnzoo.convert import METHODS, convert
+from attnzoo.convert import convert
 from attnzoo.data import build_data
 from attnzoo.train.checkpoint import FOLDER, find_checkpoint, read_checkpoint, save_checkpoint
 from attnzoo.train.folder import check_folder
@@ -66,16 +66,6 @@ def convert_command(options: argparse.Namespace) -> int:
     )
     print(f"\n{out}; go on with: attnzoo train init_from={out} model.layout=init_from")
     return 0
-
-
-def describe_methods() -> str:
-    """The methods and their options, for the help text."""
-    from attnzoo.options import keyword_options
-
-    lines = []
-    for name, method in METHODS.items():
-        lines.append(f"{name}: {', '.join(keyword_options(method.run))} (from {', '.join(method.sources)})")
-    return "; ".join(lines)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,6 @@ class Report:
     weight_error: float = 0.0
     logit_change: float | None = None
     loss: tuple[float, float] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 @torch.no_grad()

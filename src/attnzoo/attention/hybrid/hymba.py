@@ -25,6 +25,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.selective import default_rank, state_space
 from attnzoo.attention.own import Parallel
 from attnzoo.attention.stages.combine import FullNorm
+from attnzoo.attention.stages.project import largest_divisor
 from attnzoo.registry import Card, branch, register
 
 
@@ -156,7 +157,7 @@ def hymba(
         inner.put("combine", FullNorm(H, width, eps))
 
     if num_kv_heads is None:
-        num_kv_heads = max(g for g in range(1, max(1, H // 4) + 1) if H % g == 0)
+        num_kv_heads = largest_divisor(H, H // 4)
     heads = branch(
         draft,
         "score",
