@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
-EXTRAS := train,wandb,triton,xformers,hf,dev
+EXTRAS := train,compare,wandb,triton,xformers,hf,slurm,dev
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

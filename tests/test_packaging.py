@@ -27,10 +27,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 MALICIOUS = ("2.6.2", "2.6.3")
 LIGHTNING = {"lightning", "pytorch-lightning"}
-EXTRAS = {"train", "wandb", "triton", "xformers", "hf", "slurm", "dev", "all"}
+EXTRAS = {"train", "compare", "wandb", "triton", "xformers", "hf", "slurm", "dev", "all"}
 HEAVY = {
     *("lightning", "pytorch_lightning", "hydra", "omegaconf", "datasets", "tokenizers", "transformers"),
-    *("triton", "xformers", "wandb", "rich", "submitit"),
+    *("triton", "xformers", "wandb", "rich", "submitit", "scipy", "statsmodels", "plotly", "pandas"),
 }
 
 
