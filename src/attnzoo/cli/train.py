@@ -6,27 +6,16 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from attnzoo import list_variants
 from attnzoo.cli import INTERRUPTED, report
-from attnzoo.cli.overrides import describe, flatten, order
+from attnzoo.cli.overrides import order
+from attnzoo.cli.tree import config_folder, plain_errors, store_variants
 from attnzoo.train.settings import nearest
-
-
-def config_folder() -> Path:
-    """The Hydra tree: inside the installed package, or beside ``src/`` in a source tree."""
-    package = Path(str(files("attnzoo")))
-    return next(path for path in (package / "configs", package.parents[1] / "configs") if path.is_dir())
 
 
 def train(arguments: list[str]) -> int:
@@ -40,12 +29,9 @@ def train(arguments: list[str]) -> int:
             codes.append(_train_one(config))
 
     _check_flags(arguments)
-    _store_variants()
-    try:
-        with _argv(["attnzoo train", *order(arguments)]), _raw_errors():
-            job()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(describe(error, _known_keys())) from error
+    store_variants()
+    with plain_errors(), _argv(["attnzoo train", *order(arguments)]), _raw_errors():
+        job()
     return max(codes)
 
 
@@ -91,20 +77,6 @@ def _remove_empty(folder: Path) -> None:
             path.rmdir()
         except OSError:  # it holds something, or was never made
             return
-
-
-def _store_variants() -> None:
-    """Let `attention=` know the variants of other packages, which have no YAML in the tree."""
-    shipped = {path.stem for path in (config_folder() / "attention").glob("*.yaml")}
-    for name in set(list_variants()) - shipped:
-        ConfigStore.instance().store(group="attention", name=name, node={"name": name})
-
-
-def _known_keys() -> set[str]:
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        tree = OmegaConf.to_container(hydra.compose("config"), resolve=False)
-    return set(flatten(tree))
 
 
 @contextmanager

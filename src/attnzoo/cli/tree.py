@@ -1,0 +1,60 @@
+"""The Hydra tree: where it is, what it holds, and one composition of it; its errors become one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attnzoo import list_variants
+from attnzoo.cli.overrides import describe, flatten
+
+
+def config_folder() -> Path:
+    """The Hydra tree: inside the installed package, or beside ``src/`` in a source tree."""
+    package = Path(str(files("attnzoo")))
+    return next(path for path in (package / "configs", package.parents[1] / "configs") if path.is_dir())
+
+
+def store_variants() -> None:
+    """Let `attention=` know the variants of other packages, which have no YAML in the tree."""
+    shipped = {path.stem for path in (config_folder() / "attention").glob("*.yaml")}
+    for name in set(list_variants()) - shipped:
+        ConfigStore.instance().store(group="attention", name=name, node={"name": name})
+
+
+@contextmanager
+def opened() -> Iterator[None]:
+    """Hydra on the tree: `hydra.compose` works inside."""
+    GlobalHydra.instance().clear()
+    store_variants()
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        yield
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors into a ValueError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(describe(error, _known_keys())) from error
+
+
+def compose(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
+    """One composition, inside `opened`; with Hydra's own node if ``hydra_too``."""
+    return hydra.compose("config", list(overrides), return_hydra_config=hydra_too)
+
+
+def _known_keys() -> set[str]:
+    with opened():
+        tree = OmegaConf.to_container(compose([]), resolve=False)
+    return set(flatten(tree))
