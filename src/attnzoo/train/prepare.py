@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from attnzoo import Collector, Context, create_model
 from attnzoo.cost import Cost
 from attnzoo.data import Corpus, build_data
-from attnzoo.data.config import parse_data
+from attnzoo.data.config import DataConfig, parse_data
 from attnzoo.train.checkpoint import (
     check_vocabulary,
     differences,
@@ -62,12 +62,13 @@ def prepare(config: DictConfig) -> Run:
         ValueError: the first mistake, in one line that names the field.
     """
     plain = OmegaConf.to_container(config, resolve=True)
-    trainer = read_settings("trainer", TrainerSettings, plain["trainer"])
-    optim = read_settings("optim", OptimSettings, plain["optim"] | {"betas": tuple(plain["optim"]["betas"])})
-    data, seed = parse_data(plain["data"]), plain["seed"]
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed: must be a whole number of at least 0, got {seed!r}")
-    folder, field, start = Path(plain["run_dir"]), *_starting_point(plain)
+    if "slurm" in plain["launcher"]:
+        raise ValueError(
+            "launcher: slurm submits the cells of a sweep, not a single run; use attnzoo sweep launcher=slurm, "
+            "or attnzoo train launcher=local inside a job of your own"
+        )
+    trainer, optim, data = read_groups(plain)
+    folder, seed, field, start = Path(plain["run_dir"]), plain["seed"], *_starting_point(plain)
     if pl.utilities.rank_zero_only.rank == 0:
         check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
     checkpoint = read_checkpoint(start, field) if start else None
@@ -89,6 +90,26 @@ def prepare(config: DictConfig) -> Run:
     if resume:
         _check_resume(run)
     return run
+
+
+def read_groups(config: Mapping[str, Any]) -> tuple[TrainerSettings, OptimSettings, DataConfig]:
+    """The `trainer`, `optim` and `data` groups and the seed of a resolved configuration, checked."""
+    trainer = read_settings("trainer", TrainerSettings, config["trainer"])
+    optim = read_settings(
+        "optim", OptimSettings, config["optim"] | {"betas": tuple(config["optim"]["betas"])}
+    )
+    data, seed = parse_data(config["data"]), config["seed"]
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: must be a whole number of at least 0, got {seed!r}")
+    return trainer, optim, data
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a model that could not run, without reading data."""
+    trainer, _, _ = read_groups(config)
+    field, start = _starting_point(config)
+    checkpoint = read_checkpoint(start, field) if start else None
+    _check_model(_with_architecture(dict(config), checkpoint), trainer)
 
 
 def model_options(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
