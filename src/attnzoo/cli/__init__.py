@@ -1,4 +1,4 @@
-"""The command line: `attnzoo list | show | train | generate | convert | doctor | bench`; light to import."""
+"""The command line: one parser, and a command of each module here when it is called; light to import."""
 
 from __future__ import annotations
 
@@ -108,6 +108,18 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="versions, devices, and which implementation each variant uses here"
     )
     doctor.set_defaults(command=_command("doctor", "doctor_command"))
+
+    compare = commands.add_parser(
+        "compare", help="runs side by side: attnzoo compare RUN... | sweep NAME | attention=mha,mla seeds=3"
+    )
+    compare.add_argument("runs", nargs="+", help="run folders; `sweep NAME`; or the arguments of a sweep")
+    compare.add_argument("--baseline", help="the arm that all others are compared with")
+    compare.add_argument("--out", help="folder of comparison.json, comparison.csv and report.html")
+    compare.add_argument("--force", action="store_true", help="compare what is not comparable, and say so")
+    compare.add_argument("--level", type=float, default=0.95, help="of the intervals and verdicts")
+    compare.add_argument("--interval", default="t", help="t, bootstrap")
+    compare.add_argument("--correction", default="holm", help="for several arms: holm, fdr_bh, none")
+    compare.set_defaults(command=_command("compare", "compare_command"))
 
     bench = commands.add_parser("bench", help="time the ops against SDPA, fla and plain torch")
     bench.add_argument("ops", nargs="*", help="scan, latent_decode, entmax; all without a name")
