@@ -1,0 +1,115 @@
+"""The report page: one HTML file that needs nothing but a browser, a pure function of the comparison.
+
+`write_page` gathers what the page says (`facts`, `tables`, `records`) and draws (`curves`, `pareto`,
+`context`, `profile`); the templates put it in place. Jinja escapes all that comes from the data. Styles,
+scripts and plotly.js are written into the file, and its content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from ..metrics import headline
+from .context import decode_plots, positions_plot
+from .curves import curves_plot
+from .facts import conditions, finding, said_first
+from .figures import Plot, Style, styles
+from .pareto import pareto_plots
+from .profile import profile_plot
+from .records import arm_records, run_records
+from .tables import claims_table, metrics_table, results_table
+
+HERE = Path(__file__).parent
+STYLES = ("colours.css", "page.css", "tables.css", "print.css")
+SCRIPTS = ("theme.js", "plots.js", "tables.js", "tabs.js")
+
+
+def write_page(comparison: dict[str, Any], path: Path) -> None:
+    """Writes the comparison as a page.
+
+    Args:
+        comparison: as in comparison.json. path: of the HTML file; replaced as a whole if it exists.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render(comparison), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def render(comparison: dict[str, Any]) -> str:
+    """The page as text."""
+    look = styles(comparison)
+    profile = profile_plot(comparison["profile"])
+    settings = [_setting(setting, comparison, look, f"s{i}") for i, setting in enumerate(comparison["settings"])]
+    plots = [plot for setting in settings for plot in setting["plots"]] + [profile]
+    figures = {plot.id: plot.data() for plot in plots if plot}
+    templates = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template("page.html").render(
+        comparison=comparison,
+        look=look,
+        finding=finding(comparison),
+        warnings=said_first(comparison),
+        settings=settings,
+        arms=arm_records(comparison),
+        profile=profile,
+        claims=claims_table(comparison),
+        runs=run_records(comparison),
+        figures=embedded(figures),
+        plotly=Markup(get_plotlyjs()),
+        styles=[_asset(name) for name in STYLES],
+        scripts=[_asset(name) for name in SCRIPTS],
+        versions=f"attnzoo {version('attnzoo')}, plotly {version('plotly')}",
+    )
+
+
+def _setting(setting: dict[str, Any], comparison: dict[str, Any], look: dict[str, Style], id: str) -> dict[str, Any]:
+    """What the page shows of one setting; plots that have nothing to show are not in it."""
+    quality = headline([metric["key"] for metric in setting["metrics"]])
+    baseline = comparison["baseline"]
+    lines = [curves_plot(setting, look, baseline, f"{id}-curves"),
+             positions_plot(setting, look, baseline, f"{id}-positions")]  # fmt: skip
+    pareto = pareto_plots(setting, look, quality, f"{id}-pareto") if quality else []
+    decode = decode_plots(setting, look, f"{id}-decode")
+    return {
+        "id": id,
+        "name": setting["name"] or "all runs",
+        "finding": finding(comparison, setting),
+        "conditions": conditions(setting, comparison),
+        "results": results_table(setting, quality, id),
+        "metrics": metrics_table(setting, id),
+        "curves": lines[0],
+        "positions": lines[1],
+        "pareto": pareto,
+        "decode": decode,
+        "plots": [plot for plot in [*lines, *pareto, *decode] if plot],
+    }
+
+
+def embedded(value: Any) -> Markup:
+    """JSON for inside a script element: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _asset(name: str) -> Markup:
+    return Markup((HERE / "assets" / name).read_text(encoding="utf-8"))
+
+
+__all__ = ["Plot", "embedded", "render", "write_page"]

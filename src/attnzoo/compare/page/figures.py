@@ -1,0 +1,114 @@
+"""What all plots share: a figure that knows no colours, one style per arm, and a plot with its choices.
+
+Colours are written as CSS variables (``var(--arm-1)``): the page resolves them when it draws, so that one
+figure serves light and dark and the palette stands in one place, ``assets/colours.css``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+COLOURS = 10  # of arms, beside the baseline's: as many as assets/colours.css has
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "cross", "hexagon", "pentagon", "x")
+FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif'
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm looks in every plot: colour, symbol and dash. The baseline is neutral and dashed."""
+
+    name: str  # escaped: plotly reads a little HTML in its texts
+    colour: str
+    symbol: str
+    dash: str = "solid"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": self.colour, "width": 2, "dash": self.dash}
+
+
+def styles(comparison: dict[str, Any]) -> dict[str, Style]:
+    """One style per arm label; the order of the arms decides."""
+    found, number = {}, 0
+    for label in [arm["label"] for arm in comparison["arms"]]:
+        name = escape(label, quote=False)
+        if label == comparison["baseline"]:
+            found[label] = Style(name, "var(--arm-base)", "circle-open", "dash")
+            continue
+        found[label] = Style(name, f"var(--arm-{number % COLOURS + 1})", SYMBOLS[number % len(SYMBOLS)])
+        number += 1
+    return found
+
+
+@dataclass
+class Plot:
+    """A plot of the page: one figure for every combination of its choices.
+
+    Args:
+        id: unique in the page. title, caption: plain text. choices: what a reader may switch, name -> labels.
+        figures: labels of the choices in their order -> figure; a plot without choices has the key ``()``.
+        width: least width in pixels per plot; a narrower page scrolls it inside its own box.
+        height: in pixels.
+    """
+
+    id: str
+    title: str
+    caption: str
+    figures: dict[tuple[str, ...], go.Figure]
+    choices: dict[str, Sequence[str]] = field(default_factory=dict)
+    width: int = 0
+    height: int = 420
+
+    def data(self) -> dict[str, Any]:
+        """Figures by the choices' labels joined by ``|``, as plain JSON values."""
+        return {"|".join(key): figure_json(figure) for key, figure in self.figures.items()}
+
+
+def figure_json(figure: go.Figure) -> dict[str, Any]:
+    """Data and layout of a figure, floats cut to six digits: no plot shows more."""
+    return _rounded(json.loads(figure.to_json()))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value
+
+
+def figure(x: str, y: str, **layout: Any) -> go.Figure:
+    """An empty figure in the style of the page.
+
+    Args:
+        x, y: titles of the axes. layout: more of plotly's layout, laid over the style key by key.
+    """
+    axis = {
+        "gridcolor": "var(--grid)", "linecolor": "var(--line)", "zeroline": False, "automargin": True,
+        "tickfont": {"size": 12}, "title": {"standoff": 10, "font": {"size": 13}}, "nticks": 7,
+    }  # fmt: skip
+    drawn = go.Figure(
+        layout={
+            "template": go.layout.Template(),
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": FONT, "size": 13, "color": "var(--ink-soft)"},
+            "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+            "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0,
+                       "yanchor": "bottom", "font": {"size": 13}},
+            "hoverlabel": {"bgcolor": "var(--raised)", "bordercolor": "var(--line)",
+                           "font": {"color": "var(--ink)", "size": 13}},
+            "xaxis": axis | {"title": axis["title"] | {"text": x}},
+            "yaxis": axis | {"title": axis["title"] | {"text": y}},
+        }
+    )  # fmt: skip
+    drawn.update_layout(**layout)
+    return drawn

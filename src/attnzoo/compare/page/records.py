@@ -1,0 +1,107 @@
+"""What stands behind the numbers: how the arms differ, and every run with its configuration and machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .facts import BUDGETS
+from .numbers import quantity
+
+UNITS = {"val_bpb": "bits/byte", "val_loss": "nats/token", "train_loss": "nats/token", "val_accuracy": "share",
+         "peak_memory_bytes": "bytes", "state_bytes": "bytes", "cache_bytes_per_token": "bytes",
+         "seconds": "s"}  # fmt: skip
+ARXIV = re.compile(r"\d{4}\.\d{4,5}(v\d+)?|[a-z-]+(\.[A-Z]{2})?/\d{7}")
+
+
+def arm_records(comparison: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every arm: what it is, what differs from the baseline, what was solved, how its learning rate was found."""
+    return [
+        {
+            "label": arm["label"],
+            "title": arm["title"],
+            "summary": arm["summary"],
+            "family": arm["family"],
+            "baseline": arm["baseline"],
+            "arxiv": arm["arxiv"] if ARXIV.fullmatch(arm["arxiv"] or "") else "",
+            "changes": changes(arm["config_diff"]),
+            "matched": _matched(arm["matched"]),
+            "tune": _tuned(arm["tune"]),
+        }
+        for arm in comparison["arms"]
+    ]
+
+
+def changes(differences: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(key, the baseline's value, own value); where there is one value only, the first is empty."""
+    rows = []
+    for key, value in sorted(differences.items()):
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        rows.append((key, _shown(value[0]) if pair else "", _shown(value[1] if pair else value)))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _matched(matched: dict[str, Any] | None) -> str:
+    if not matched:
+        return ""
+    budget = BUDGETS.get(matched["budget"], matched["budget"])
+    off = f"{100 * matched['deviation']:+.2f} %".replace("-", "−")
+    if not matched.get("knob") or matched.get("from") == matched.get("to"):
+        return f"{off} off the baseline's {budget}; nothing had to be changed"
+    return f"{matched['knob']} {matched['from']} → {matched['to']}: {off} off the baseline's {budget}"
+
+
+def _tuned(tune: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not tune:
+        return None
+    cost = [f"{quantity(tune[key])} {name}" for key, name in (("tokens", "tokens"), ("flops", "FLOPs")) if tune.get(key)]
+    if tune.get("seconds"):
+        cost.append(quantity(tune["seconds"], "s"))
+    tried = [(str(rate), quantity(loss, "nats/token"), float(rate) == float(tune["lr"]))
+             for rate, loss in (tune["val"] or {}).items()]  # fmt: skip
+    return {"lr": tune["lr"], "at_edge": tune["at_edge"], "tried": tried, "cost": ", ".join(cost)}
+
+
+def run_records(comparison: dict[str, Any]) -> dict[str, Any] | None:
+    """Every run, and apart from them the environment that all share."""
+    if not comparison["runs"]:
+        return None
+    environments = [flat(run["environment"] or {}) for run in comparison["runs"]]
+    shared = {key: value for key, value in environments[0].items()
+              if all(key in each and each[key] == value for each in environments)}  # fmt: skip
+    runs = [
+        {
+            "folder": run["folder"],
+            "arm": run["arm"],
+            "setting": run["setting"],
+            "seed": run["seed"],
+            "status": run["status"],
+            "summary": [(key, _summed(key, value)) for key, value in flat(run["summary"] or {}).items() if value is not None],
+            "changes": changes(run["config_diff"] or {}),
+            "environment": [(key, _shown(value)) for key, value in environment.items() if key not in shared],
+        }
+        for run, environment in zip(comparison["runs"], environments, strict=True)
+    ]  # fmt: skip
+    return {"shared": [(key, _shown(value)) for key, value in shared.items()], "runs": runs}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _summed(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _shown(value)
+    return quantity(value, UNITS.get(key, ""))
