@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from attnzoo.model import generate
 from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, GracefulStop
+from attnzoo.train.decode_speed import decode_summary
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.folder import environment, versions, write_json
 from attnzoo.train.hardware import choose_precision, peak_memory
@@ -163,6 +164,8 @@ def _close_folder(run: Run, trainer: pl.Trainer, module: LanguageModule, **more:
         **more,
     }
     if trainer.is_global_zero:
+        if module.status == "completed":
+            summary |= decode_summary(trainer, run.model, run.plan.seq_len, run.trainer.decode_tokens)
         write_json(run.folder / "summary.json", summary)
     return summary
 

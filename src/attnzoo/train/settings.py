@@ -30,6 +30,7 @@ class TrainerSettings:
         log_every: optimiser steps between two lines of metrics.
         val_every: optimiser steps between two validations; None for one at the end only.
         aux_weights: weight of an auxiliary loss by its name, instead of the one its variant recommends.
+        decode_tokens: one-token steps that are timed at each context when the run ends; 0 for none.
         sample_prompt, sample_tokens: the text printed when the run ends; 0 tokens for none.
     """
 
@@ -44,6 +45,7 @@ class TrainerSettings:
     log_every: int = 10
     val_every: int | None = None
     aux_weights: Mapping[str, float] = field(default_factory=dict)
+    decode_tokens: int = 16
     sample_prompt: str = "\n"
     sample_tokens: int = 0
 
@@ -53,7 +55,8 @@ class TrainerSettings:
                 _check_int(f"trainer.{name}", getattr(self, name), 1)
         _check_int("trainer.accumulate", self.accumulate, 1)
         _check_int("trainer.log_every", self.log_every, 1)
-        _check_int("trainer.sample_tokens", self.sample_tokens, 0)
+        for name in ("decode_tokens", "sample_tokens"):
+            _check_int(f"trainer.{name}", getattr(self, name), 0)
         _check_choice("trainer.precision", self.precision, PRECISIONS)
         for name in ("compile", "checkpoint_activations"):
             if not isinstance(getattr(self, name), bool):
