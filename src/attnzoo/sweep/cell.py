@@ -1,0 +1,150 @@
+"""The process of one cell: `python -m attnzoo.sweep.cell SWEEP_FOLDER CELL_ID`.
+
+It trains as `attnzoo train` does, in the cell's own run folder, and goes on from a checkpoint that an earlier
+attempt left there. A lock makes sure that no two processes ever train the same cell. With several ranks (an
+environment as torchrun makes it) each is such a process: rank 0 holds the lock and tells the others where to
+start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from omegaconf import OmegaConf
+
+from attnzoo.cli import INTERRUPTED, report
+from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
+from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, completed, write_outcome
+from attnzoo.train.checkpoint import find_checkpoint, read_checkpoint
+from attnzoo.train.folder import write_json
+from attnzoo.train.guard import RunFailed
+from attnzoo.train.prepare import prepare, read_groups
+from attnzoo.train.run import execute
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train the cell; returns 0 if it completed, 130 if it was stopped, else 1 or 2."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("cell")
+    parser.add_argument("--watch", action="store_true", help="stop when standard input ends")
+    options = parser.parse_args(arguments)
+    if options.watch:
+        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+    manifest = read_manifest(options.folder.resolve())
+    cell = manifest.cell(options.cell)
+    os.chdir(manifest.cwd)
+    if int(os.environ.get("RANK", "0")):
+        start = _told_start(manifest, cell)
+        return 0 if start is None else _train(_config(manifest, cell, start["ckpt_path"])).code
+    with FileLock(manifest.lock_file(cell)):
+        return _first_rank(manifest, cell)
+
+
+def _first_rank(manifest: Manifest, cell: Cell) -> int:
+    begun, count = time.monotonic(), attempts(manifest, cell)
+    if completed(manifest, cell):
+        _tell_start(manifest, cell, None)
+        outcome = Outcome(DONE, attempts=max(count, 1))
+    else:
+        try:
+            ckpt_path = _starting_point(manifest, cell)
+            _tell_start(manifest, cell, {"ckpt_path": ckpt_path})
+            outcome = _train(_config(manifest, cell, ckpt_path))
+        except Exception as error:
+            outcome = Outcome(FAILED, 1, _explain(error))
+        outcome = replace(outcome, attempts=count + 1, seconds=round(time.monotonic() - begun, 2))
+    write_outcome(manifest, cell, outcome)
+    return outcome.code
+
+
+def _train(config: dict[str, Any]) -> Outcome:
+    """An ordinary run."""
+    try:
+        summary = execute(prepare(OmegaConf.create(config)))
+    except Exception as error:
+        return Outcome(FAILED, 2 if isinstance(error, ValueError) else 1, _explain(error))
+    if summary["status"] == "stopped":
+        print(f"stopped at step {summary['steps']}", flush=True)
+        return Outcome(STOPPED, INTERRUPTED, f"at step {summary['steps']}")
+    return Outcome(DONE)
+
+
+def _explain(error: Exception) -> str:
+    """Print the error, with its stack where it is not the user's; returns it in one line."""
+    if not isinstance(error, (ValueError, RunFailed)):
+        traceback.print_exception(error)
+    report(error)
+    text = str(error) if isinstance(error, (ValueError, RunFailed)) else f"{type(error).__name__}: {error}"
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _config(manifest: Manifest, cell: Cell, ckpt_path: str | None) -> dict[str, Any]:
+    launcher = {key: value for key, value in cell.config["launcher"].items() if key != "slurm"}
+    folder = str(manifest.run_folder(cell))
+    return dict(cell.config) | {"run_dir": folder, "ckpt_path": ckpt_path, "launcher": launcher}
+
+
+def _starting_point(manifest: Manifest, cell: Cell) -> str | None:
+    """The run folder if it holds a checkpoint to go on from; what cannot be gone on with is removed."""
+    folder = manifest.run_folder(cell)
+    try:
+        progress = read_checkpoint(find_checkpoint(folder))["progress"]
+    except ValueError:
+        progress = None
+    if progress and not _at_end(cell, progress):
+        return str(folder)
+    if folder.exists():  # killed before its first checkpoint, or after the last and before its summary
+        shutil.rmtree(folder)
+    return None
+
+
+def _at_end(cell: Cell, progress: dict[str, Any]) -> bool:
+    trainer, _, data = read_groups(cell.config)
+    steps, seconds = trainer.total_steps(data.batch_size * data.seq_len), trainer.max_seconds
+    return bool((steps and progress["step"] >= steps) or (seconds and progress["seconds"] >= seconds))
+
+
+def _start_file(manifest: Manifest, cell: Cell) -> Path:
+    return manifest.lock_file(cell).with_suffix(".start")
+
+
+def _tell_start(manifest: Manifest, cell: Cell, start: dict[str, Any] | None) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        attempt = os.environ["TORCHELASTIC_RUN_ID"]
+        write_json(_start_file(manifest, cell), {"attempt": attempt, "start": start})
+
+
+def _told_start(manifest: Manifest, cell: Cell) -> dict[str, Any] | None:
+    """What rank 0 of the same attempt told, once it has."""
+    while True:
+        try:
+            told = json.loads(_start_file(manifest, cell).read_text())
+        except (OSError, ValueError):
+            told = {}
+        if told.get("attempt") == os.environ["TORCHELASTIC_RUN_ID"]:
+            return told["start"]
+        time.sleep(0.2)
+
+
+def _stop_at_end_of_input() -> None:
+    """The sweep holds the other end: it ends when the sweep asks for a stop or dies, in whatever way."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
