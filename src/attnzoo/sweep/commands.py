@@ -15,10 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from attnzoo.cli import INTERRUPTED, RUN_ERROR
-from attnzoo.sweep.check import corpora
 from attnzoo.sweep.display import Display, print_matched, print_table
-from attnzoo.sweep.manifest import FILE, Cell, Manifest, read_manifest, write_manifest
-from attnzoo.sweep.plan import ROOT, plan
+from attnzoo.sweep.manifest import FILE, ROOT, Cell, Manifest, read_manifest, write_manifest
 from attnzoo.sweep.pool import Pool
 from attnzoo.sweep.request import read_request
 from attnzoo.sweep.slots import cores_here, gpus_here, ranks_of, share
@@ -47,6 +45,10 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
     Raises:
         ValueError: a mistake; nothing was written and no cell has started.
     """
+    # what only looks at a sweep need not wait for the trainer's imports
+    from attnzoo.sweep.check import corpora
+    from attnzoo.sweep.plan import plan
+
     request = read_request(arguments)
     manifest = plan(request)
     if manifest.launcher["name"] == "local":

@@ -14,6 +14,7 @@ from attnzoo.train.folder import write_json
 
 FORMAT = 1
 FILE = "manifest.json"
+ROOT = Path("runs")
 RUN, TUNE = "run", "tune"
 SEED, RATE = "seed", "optim.lr"
 # where and how a run happens, not what comes out of it

@@ -6,18 +6,15 @@ import datetime
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from attnzoo.sweep.check import check_cells
 from attnzoo.sweep.equal import match_cells
 from attnzoo.sweep.grid import expand
-from attnzoo.sweep.manifest import FILE, Cell, Manifest, with_id
+from attnzoo.sweep.manifest import FILE, ROOT, Cell, Manifest, with_id
 from attnzoo.sweep.request import Request
 from attnzoo.sweep.tune import search_cells
 from attnzoo.train.settings import nearest
-
-ROOT = Path("runs")
 
 
 def plan(request: Request) -> Manifest:

@@ -81,10 +81,7 @@ def read_request(arguments: Iterable[str]) -> Request:
             own[key] = value
         elif key.partition(".")[0] in ("match", "tune"):
             raise ValueError(f"{key}: no such key; {nearest(key, OWN)}")
-        elif key.lstrip("+~") in RESERVED or (
-            key.startswith("hydra.") and not key.startswith("hydra.sweeper.")
-        ):
-            way = RESERVED.get(key.lstrip("+~"), RESERVED["run_dir"])
+        elif way := _reserved(key.lstrip("+~")):
             raise ValueError(f"{key}: a sweep sets it for each of its cells, got {value!r}; {way}")
         else:
             overrides.append(argument)
@@ -156,6 +153,13 @@ def whole(key: str, text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{key}: must be a whole number of at least {least}, got {text!r}")
     return int(text)
+
+
+def _reserved(key: str) -> str | None:
+    """The way out where a key is the sweep's own to set."""
+    if key.startswith("hydra.") and not key.startswith("hydra.sweeper.params"):
+        return RESERVED["run_dir"]
+    return RESERVED.get(key)
 
 
 def _check_flag(argument: str) -> None:
