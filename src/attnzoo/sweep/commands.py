@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -51,7 +52,11 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
 
     request = read_request(arguments)
     manifest = plan(request)
-    if manifest.launcher["name"] == "local":
+    if manifest.launcher["name"] == "slurm":
+        from attnzoo.sweep import slurm
+
+        slurm.check_settings(manifest)
+    else:
         _slots(manifest, list(manifest.cells))
         corpora(manifest.cells)
     (manifest.folder / "cells").mkdir(parents=True)
@@ -59,7 +64,11 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
     write_manifest(manifest)
     print(f"{manifest.folder}: {len(manifest.cells)} cells", flush=True)
     print_matched(manifest.cells)
-    return _run(manifest, request.wait)
+    try:
+        return _run(manifest, request.wait)
+    except ValueError:  # no cell has started, so the name stays free
+        shutil.rmtree(manifest.folder)
+        raise
 
 
 def resume(folder: Path, jobs: int | None = None, wait: bool = False) -> tuple[Manifest, int]:
@@ -133,11 +142,20 @@ def _run(manifest: Manifest, wait: bool) -> tuple[Manifest, int]:
         if manifest.launcher["name"] == "slurm":
             from attnzoo.sweep import slurm
 
-            return slurm.run(manifest, wait)
-        return _run_here(manifest)
+            manifest, interrupted = slurm.run(manifest, wait, extend)
+            if not wait:
+                return manifest, 0
+        else:
+            manifest, interrupted = _run_here(manifest)
+    print_table(manifest, states_now(manifest))
+    if interrupted:
+        print(f"go on with: attnzoo sweep resume {manifest.name}")
+        return manifest, INTERRUPTED
+    return manifest, exit_code(manifest)
 
 
-def _run_here(manifest: Manifest) -> tuple[Manifest, int]:
+def _run_here(manifest: Manifest) -> tuple[Manifest, bool]:
+    """Run on this machine; returns the sweep and whether it was interrupted."""
     manifest = extend(manifest)
     cells = pending(manifest)
     gpus = len(gpus_here(cell.config for cell in cells))
@@ -156,12 +174,7 @@ def _run_here(manifest: Manifest) -> tuple[Manifest, int]:
             show=lambda cell, outcome: display.show(manifest, cell, outcome),
         )
         interrupted = pool.run(cells)
-    manifest = pool.manifest
-    print_table(manifest)
-    if interrupted:
-        print(f"go on with: attnzoo sweep resume {manifest.name}")
-        return manifest, INTERRUPTED
-    return manifest, exit_code(manifest)
+    return pool.manifest, interrupted
 
 
 def exit_code(manifest: Manifest) -> int:

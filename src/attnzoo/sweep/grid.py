@@ -123,4 +123,10 @@ def setting_label(several: Sequence[tuple[Axis, str]]) -> str:
 
 
 def _value(override: str) -> str:
-    return override.partition("=")[2].strip("'\"")
+    """The value as one would write it: 1e-06 where Hydra says 1.0e-06, no quotes."""
+    text = override.partition("=")[2].strip("'\"")
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return short if float(short := f"{number:g}") == number else text

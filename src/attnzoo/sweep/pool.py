@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from attnzoo.sweep.manifest import Cell, Manifest
 from attnzoo.sweep.slots import Slot
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, read_outcome, write_outcome
 
+# 1 is torchrun's, whose ranks were stopped
+STOPS = (-signal.SIGTERM, -signal.SIGKILL, INTERRUPTED, 1)
 POLL = 0.1  # seconds between two looks at the cells
 MODULE = "attnzoo.sweep.cell"
 
@@ -110,7 +112,12 @@ class Pool:
         self.show(
             job.cell,
             settle(
-                self.manifest, job.cell, job.process.returncode, job.attempts, seconds, asked=self.stopping
+                self.manifest,
+                job.cell,
+                job.process.returncode,
+                job.attempts,
+                seconds,
+                stops=STOPS if self.stopping else (),
             ),
         )
 
@@ -133,20 +140,22 @@ def command(manifest: Manifest, cell: Cell, ranks: int, *more: str) -> list[str]
     return [sys.executable, *start, str(manifest.folder.resolve()), cell.id, "--watch"]
 
 
-def settle(manifest: Manifest, cell: Cell, code: int, before: int, seconds: float, asked: bool) -> Outcome:
+def settle(
+    manifest: Manifest, cell: Cell, code: int, before: int, seconds: float, stops: Sequence[int] = ()
+) -> Outcome:
     """The outcome of an attempt whose process has ended; written here where the process could not.
 
     Args:
         code: exit code, negative for a signal.
         before: attempts that had ended when this one started.
-        asked: whether the cell was asked to stop.
+        stops: exit codes that stand for a stop that was asked for.
     """
     outcome = read_outcome(manifest, cell)
     if outcome and outcome.attempts > before:
         return outcome
     if code == 0:
         outcome = Outcome(DONE, 0, "", before + 1, seconds)
-    elif asked and code in (-signal.SIGTERM, -signal.SIGKILL, INTERRUPTED, 1):
+    elif code in stops:
         outcome = Outcome(STOPPED, code, "before its first step", before + 1, seconds)
     else:
         outcome = Outcome(FAILED, code, why(code, manifest.log_file(cell)), before + 1, seconds)
