@@ -48,9 +48,12 @@ def _train_one(config: DictConfig) -> int:
     if summary["status"] == "stopped":
         print(f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}")
         return INTERRUPTED
-    print(f"validation: {summary['val_bpb']:.3f} bits per byte (loss {summary['val_loss']:.3f} per token)")
-    if run.trainer.sample_tokens:
-        print(f"sample: {sample(run)}")
+    if run.corpus.labelled:
+        print(f"validation: {summary['val_accuracy']:.1%} correct (loss {summary['val_loss']:.3f} per answer)")
+    else:
+        print(f"validation: {summary['val_bpb']:.3f} bits per byte (loss {summary['val_loss']:.3f} per token)")
+        if run.trainer.sample_tokens:
+            print(f"sample: {sample(run)}")
     print(f"run folder: {_short(run.folder)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Text for training: corpora, tokenizers, packing, and samples that are a function of a counter.
+"""Text and synthetic tasks for training: corpora, tokenizers, samples that are a function of a counter.
 
 >>> corpus = build_data({"name": "stdlib", "seq_len": 256}, {"name": "bytes"}, seed=1)  # doctest: +SKIP
 >>> inputs, labels, segment_ids = targets(corpus.sample(0))                             # doctest: +SKIP
@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from .corpus import IGNORED, Corpus, TrainStream, ValidationSet, build_data, collate, targets
-from .tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+from .tokenizer import ByteTokenizer, HFTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "IGNORED",
     "ByteTokenizer",
     "Corpus",
     "HFTokenizer",
+    "SymbolTokenizer",
     "Tokenizer",
     "TrainStream",
     "ValidationSet",

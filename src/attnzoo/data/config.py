@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .synthetic import SyntheticConfig
 
 # Keys that only some corpora read. Set anywhere else they are refused: a silently ignored option misleads.
 READ_BY = {
@@ -43,8 +46,8 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self):
-        _one_of("data.name", self.name, ("stdlib", "text", "hf"))
-        _one_of("data.errors", self.errors, ("strict", "replace"))
+        check_choice("data.name", self.name, ("stdlib", "text", "hf"))
+        check_choice("data.errors", self.errors, ("strict", "replace"))
         for key, readers in READ_BY.items():
             if self.name not in readers and getattr(self, key) != getattr(DataConfig, key):
                 raise ValueError(
@@ -52,8 +55,8 @@ class DataConfig:
                     f"leave it out or use data={' or data='.join(readers)}"
                 )
         for key in _AT_LEAST_ONE:
-            _whole_number(f"data.{key}", getattr(self, key), 1, null=key in _MAY_BE_NULL)
-        _whole_number("data.num_workers", self.num_workers, 0)
+            check_whole_number(f"data.{key}", getattr(self, key), 1, null=key in _MAY_BE_NULL)
+        check_whole_number("data.num_workers", self.num_workers, 0)
         if self.batch_size % self.pack:
             raise ValueError(
                 f"data.pack: must divide data.batch_size={self.batch_size}, got {self.pack}; change one"
@@ -89,7 +92,7 @@ class TokenizerConfig:
     path: str | None = None
 
     def __post_init__(self):
-        _one_of("tokenizer.name", self.name, ("bytes", "bpe", "saved"))
+        check_choice("tokenizer.name", self.name, ("bytes", "bpe", "saved"))
         for key, reader in (("vocab_size", "bpe"), ("path", "saved")):
             value = getattr(self, key)
             if self.name != reader and value is not None:
@@ -99,7 +102,7 @@ class TokenizerConfig:
                 )
         if self.name == "bpe":
             why = "256 bytes and the end of document"
-            _whole_number("tokenizer.vocab_size", self.vocab_size, 257, why=why)
+            check_whole_number("tokenizer.vocab_size", self.vocab_size, 257, why=why)
         if self.name == "saved" and not self.path:
             raise ValueError(
                 f"tokenizer.path: tokenizer=saved needs one, got {self.path!r}; "
@@ -107,8 +110,12 @@ class TokenizerConfig:
             )
 
 
-def parse_data(values: Mapping[str, Any]) -> DataConfig:
+def parse_data(values: Mapping[str, Any]) -> DataConfig | SyntheticConfig:
     """The checked `data` group. Raises ValueError on an unknown key or an illegal value."""
+    if str(values.get("name")).startswith("synthetic/"):
+        from .synthetic import parse_synthetic
+
+        return parse_synthetic(values)
     values = _known("data", DataConfig, values)
     path = values.get("path")
     if path is not None and not isinstance(path, str):
@@ -122,21 +129,27 @@ def parse_tokenizer(values: Mapping[str, Any]) -> TokenizerConfig:
 
 
 def _known(group: str, schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    legal = [field.name for field in dataclasses.fields(schema)]
+    check_keys(group, values, [field.name for field in dataclasses.fields(schema)])
+    return dict(values)
+
+
+def check_keys(group: str, values: Mapping[str, Any], legal: Sequence[str]) -> None:
+    """Raise a ValueError unless every key is a legal one of ``group``."""
     for key in values:
         if key not in legal:
             near = difflib.get_close_matches(str(key), legal, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(legal)}"
             raise ValueError(f"{group}.{key}: no such key, got {values[key]!r}; {hint}")
-    return dict(values)
 
 
-def _one_of(field: str, value: Any, legal: Sequence[str]) -> None:
+def check_choice(field: str, value: Any, legal: Sequence[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``legal``."""
     if value not in legal:
         raise ValueError(f"{field}: must be one of {', '.join(legal)}, got {value!r}")
 
 
-def _whole_number(field: str, value: Any, least: int, null: bool = False, why: str = "") -> None:
+def check_whole_number(field: str, value: Any, least: int, null: bool = False, why: str = "") -> None:
+    """Raise a ValueError unless ``value`` is a whole number of at least ``least``, or None where ``null``."""
     if value is None and null:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

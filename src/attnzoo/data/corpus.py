@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from .cache import TokenStream, open_cache
-from .config import parse_data, parse_tokenizer
+from .config import DataConfig, TokenizerConfig, parse_data, parse_tokenizer
 from .sampler import Sampler
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .synthetic import SyntheticCorpus
 
 Sample = dict[str, torch.Tensor]
 IGNORED = -100  # the target that torch's cross_entropy leaves out by default
@@ -40,6 +43,7 @@ class Corpus:
     train: TokenStream
     val: TokenStream
     pack: int = 1
+    labelled: ClassVar[bool] = False  # the targets are the next tokens
 
     def __post_init__(self):
         for split, stream in (("training", self.train), ("validation", self.val)):
@@ -130,8 +134,10 @@ class ValidationSet(Dataset):
         return self.corpus.cut(self.corpus.val, window * self.corpus.seq_len, i)
 
 
-def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int = 0) -> Corpus:
+def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int = 0) -> Corpus | SyntheticCorpus:
     """Reads, splits and tokenises a corpus, or opens it from the cache where that has been done.
+
+    A synthetic task needs neither: its samples are drawn when asked for, in a vocabulary of its own.
 
     Args:
         data: the keys of `configs/data/*.yaml`.
@@ -142,6 +148,8 @@ def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int 
         ValueError: an unknown key, an illegal value, or text that is missing, unreadable or too short.
     """
     cfg = parse_data(data)
+    if not isinstance(cfg, DataConfig):
+        return _build_synthetic(data, tokenizer, seed)
     cache = open_cache(cfg, parse_tokenizer(tokenizer))
     return Corpus(
         tokenizer=cache.tokenizer,
@@ -156,13 +164,27 @@ def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int 
     )
 
 
+def _build_synthetic(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int) -> SyntheticCorpus:
+    from .synthetic import build_synthetic, parse_synthetic
+
+    cfg, given = parse_synthetic(data), parse_tokenizer(tokenizer)
+    if given.name != TokenizerConfig.name:
+        raise ValueError(
+            f"tokenizer: {data['name']} has a vocabulary of its own, got {given.name!r}; leave it out"
+        )
+    return build_synthetic(cfg, seed)
+
+
 def targets(sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(inputs, targets, segment_ids), each (..., T), of a sample or batch with (..., T + 1) tokens.
 
     A target in another document than its input is -100, and so left out of the loss: nothing that the model
-    may see announces it. Padding (segment 0) is left out too.
+    may see announces it. Padding (segment 0) is left out too. A sample with `labels` has T tokens, and its
+    labels are the targets.
     """
     tokens, segments = sample["tokens"], sample["segment_ids"]
+    if "labels" in sample:
+        return tokens, sample["labels"].masked_fill(segments == 0, IGNORED), segments
     own = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
     return tokens[..., :-1], tokens[..., 1:].masked_fill(~own, IGNORED), segments[..., :-1]
 

@@ -81,6 +81,35 @@ class ByteTokenizer(Tokenizer):
         _write_meta(folder, {"kind": "bytes"})
 
 
+class SymbolTokenizer(Tokenizer):
+    """Symbols without a spelling, of a synthetic task: ids as numbers with blanks between; no bytes of text.
+
+    Args:
+        num_symbols: ids 0 to ``num_symbols - 1``; the end of a document follows.
+    """
+
+    def __init__(self, num_symbols: int):
+        self.eos_id, self.vocab_size = num_symbols, num_symbols + 1
+        self.fingerprint = f"symbols {num_symbols}"
+        self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array([self._id(word) for word in text.split()], dtype=np.int64) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(str(int(i)) for i in ids if i != self.eos_id)
+
+    def save(self, folder: str | Path) -> None:
+        _write_meta(folder, {"kind": "symbols", "num_symbols": self.eos_id})
+
+    def _id(self, word: str) -> int:
+        if not (word.isascii() and word.isdigit()) or int(word) >= self.eos_id:
+            raise ValueError(
+                f"text: symbols are numbers from 0 to {self.eos_id - 1} with blanks between, got {word!r}"
+            )
+        return int(word)
+
+
 class HFTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` without its templates, truncation and special tokens: text and nothing else.
 
@@ -154,6 +183,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         meta = json.loads((folder / _META).read_text()) if (folder / _META).is_file() else {}
         if meta.get("kind") == "bytes":
             return ByteTokenizer()
+        if meta.get("kind") == "symbols":
+            return SymbolTokenizer(meta["num_symbols"])
         backend = _backend(given)
         eos_id = meta["eos_id"] if meta else _eos_id(folder, backend)
     except Exception as error:  # the libraries raise anything from KeyError to a bare Exception here

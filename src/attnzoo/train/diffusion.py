@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from attnzoo import Collector, Context
 from attnzoo.data import IGNORED
 from attnzoo.objective import COPIES, BlockDiffusion
+from attnzoo.train.metrics import Measured
 
 LEAST_T = 1e-3
 
@@ -109,7 +110,7 @@ class Diffusion:
         return masked_loss(logits, tokens, masked, 1 / t), masked.sum()
 
     @torch.no_grad()
-    def validation(self, model: nn.Module, batch: dict, seed: int) -> tuple[Tensor, Tensor]:
+    def validation(self, model: nn.Module, batch: dict, seed: int) -> Measured:
         """The estimated bound summed over the targets, and their number; the same draws for a ``seed``."""
         tokens, ids = batch["tokens"], _ids(batch)
         blocks, free = find_blocks(ids, self.spec.block_size), ids > 0
@@ -126,7 +127,7 @@ class Diffusion:
         logits = self.logits(model, tokens, ids, masked)
         bound = masked_loss(logits, tokens, masked, n / number)
         count = (batch["targets"] != IGNORED).sum()
-        return bound * count / free.sum().clamp(min=1), count
+        return Measured(bound * count / free.sum().clamp(min=1), count)
 
     def logits(
         self,

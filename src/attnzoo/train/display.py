@@ -39,7 +39,7 @@ class ProgressDisplay(Callback):
         if not trainer.is_global_zero:
             return
         fresh, self._metrics = module.metrics is not self._metrics, module.metrics
-        validated = fresh and "val_bpb" in module.metrics
+        validated = fresh and "val_loss" in module.metrics
         if self._bar:
             if fresh:
                 self._bar.update(self._task, description=" · ".join(self._parts(module)))
@@ -62,8 +62,12 @@ class ProgressDisplay(Callback):
             self._bar = None
 
     def _line(self, module: LanguageModule) -> str:
-        bits = module.metrics.get("val_bpb")
-        return " · ".join(self._parts(module) + ([f"validation {bits:.3f} bits/byte"] if bits else []))
+        metrics, held_out = module.metrics, []
+        if metrics.get("val_bpb") is not None:
+            held_out = [f"validation {metrics['val_bpb']:.3f} bits/byte"]
+        elif metrics.get("val_accuracy") is not None:
+            held_out = [f"validation {metrics['val_accuracy']:.1%} correct"]
+        return " · ".join(self._parts(module) + held_out)
 
     def _parts(self, module: LanguageModule) -> list[str]:
         metrics, total = module.metrics, module.plan.total_steps

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attnzoo.train.batches import Batch, collate
+from attnzoo.train.metrics import Measured, loss_by_position
 from attnzoo.train.objective import objective_of
 
 Sample = dict[str, Tensor]
@@ -35,26 +36,43 @@ class Validation:
             collate(own[i * batch_size : (i + 1) * batch_size] or [blank]) for i in range(rounds)
         ]
         self.bytes = sum(int(batch["target_bytes"].sum()) for batch in self.batches)
+        self.labelled = "labels" in samples[0]
         self.rank, self.world = rank, world
 
     @torch.no_grad()
-    def run(self, model: nn.Module, device: torch.device, autocast: Autocast) -> dict[str, float]:
-        """``val_loss`` in nats per token and ``val_bpb`` in bits per byte, of what the objective measures."""
-        was_training, objective = model.training, objective_of(model)
+    def run(self, model: nn.Module, device: torch.device, autocast: Autocast) -> dict[str, Any]:
+        """What the objective measures: ``val_loss`` in nats per token; of text ``val_bpb`` in bits per byte and
+        ``val_loss_by_position``, of labelled samples ``val_accuracy``. What does not apply is None.
+        """
+        was_training, objective = model.training, objective_of(model, self.labelled)
         model.eval()
-        nll = count = 0.0
+        sums: list[Tensor] = []
         for i, batch in enumerate(self.batches):
             with autocast():
-                seed = self.rank + self.world * i
-                batch_nll, batch_count = objective.validation(model, to_device(batch, device), seed)
-            nll, count = nll + batch_nll.double().cpu(), count + batch_count.cpu()
+                part = objective.validation(model, to_device(batch, device), self.rank + self.world * i)
+            known = [value.cpu().double() for value in part if value is not None]
+            sums = [a + b for a, b in zip(sums, known, strict=True)] if sums else known
         model.train(was_training)
-        totals = torch.stack([nll, count.double(), torch.tensor(float(self.bytes), dtype=torch.float64)])
+        size = torch.tensor(float(self.bytes), dtype=torch.float64)
         if self.world > 1:
-            totals = totals.to(device)
-            dist.all_reduce(totals)
-        nll, count, size = totals.tolist()
-        return {"val_loss": nll / count, "val_bpb": nll / math.log(2) / size}
+            for value in (*sums, size):
+                value.copy_(_add_ranks(value.to(device)))
+        return self._report(Measured(*sums), size.item())
+
+    def _report(self, total: Measured, size: float) -> dict[str, Any]:
+        nll, count = total.nll.sum().item(), total.count.sum().item()
+        by_position = not self.labelled and total.nll.ndim == 1
+        return {
+            "val_loss": nll / count,
+            "val_bpb": None if self.labelled else nll / math.log(2) / size,
+            "val_accuracy": total.correct.sum().item() / count if self.labelled else None,
+            "val_loss_by_position": loss_by_position(total.nll, total.count) if by_position else None,
+        }
+
+
+def _add_ranks(value: Tensor) -> Tensor:
+    dist.all_reduce(value)
+    return value
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

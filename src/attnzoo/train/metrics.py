@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from attnzoo.train.hardware import peak_flops, peak_memory
 
@@ -25,7 +27,37 @@ COLUMNS = (
     "peak_memory_bytes",
     "val_loss",
     "val_bpb",
+    "val_accuracy",
 )
+
+
+class Measured(NamedTuple):
+    """What the targets of held-out samples add up to.
+
+    Args:
+        nll: nats. count: targets. correct: targets that the likeliest token is. All ``(T,)``, by position in
+            the sample; or ``()``, and ``correct`` None, of an objective that fills in tokens in any order.
+    """
+
+    nll: Tensor
+    count: Tensor
+    correct: Tensor | None = None
+
+
+def bucket_edges(length: int) -> list[int]:
+    """Positions 0, 1, 2, 4, 8, ... and ``length``: a bucket reaches from one edge to before the next."""
+    return [0, *(2**i for i in range((length - 1).bit_length())), length] if length > 1 else [0, 1]
+
+
+def loss_by_position(nll: Tensor, count: Tensor) -> dict[str, list]:
+    """Nats per token of each bucket of positions; None where a bucket has no target.
+
+    Shape: ``nll`` and ``count`` are (T,), summed over samples.
+    """
+    edges = bucket_edges(len(nll))
+    sizes = [after - edge for edge, after in zip(edges, edges[1:], strict=False)]
+    sums = [(a.sum().item(), n.sum().item()) for a, n in zip(nll.split(sizes), count.split(sizes), strict=True)]
+    return {"edges": edges, "loss": [a / n if n else None for a, n in sums]}
 
 
 @dataclass(frozen=True)

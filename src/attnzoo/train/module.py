@@ -74,7 +74,7 @@ class LanguageModule(pl.LightningModule):
         self.model, self.plan, self.validation = model, plan, validation
         self.settings, self.optim_settings, self.objective = trainer, optim, objective_of(model)
         self.progress = Progress(**resume["progress"]) if resume else Progress()
-        self.metrics: dict[str, float | None] = {}
+        self.metrics: dict[str, Any] = {}
         self.status = "failed"  # until the run ends in another way
         self.stop_requested = False
         self.meter: Meter | None = None
@@ -203,8 +203,9 @@ class LanguageModule(pl.LightningModule):
             with self.meter.pause():
                 metrics |= self.validation.run(self.model, self.device, self.autocast)
         self.metrics = metrics
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         for logger in self.trainer.loggers:
-            logger.log_metrics({k: v for k, v in metrics.items() if v is not None}, step=self.progress.step)
+            logger.log_metrics(numbers, step=self.progress.step)
 
     def autocast(self) -> Any:
         """The precision of the run, for a forward pass outside `training_step`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -11,6 +12,7 @@ from attnzoo import Collector, Context, card, list_variants
 from attnzoo.data import IGNORED
 from attnzoo.train.batches import Batch
 from attnzoo.train.diffusion import Diffusion
+from attnzoo.train.metrics import Measured
 
 
 class Objective(Protocol):
@@ -28,8 +30,8 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """The loss summed over what it counts, in nats, and their number."""
 
-    def validation(self, model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
-        """Nats summed over the targets, and their number."""
+    def validation(self, model: nn.Module, batch: Batch, seed: int) -> Measured:
+        """What the targets of a held-out batch add up to."""
 
     def train_flops(self, model: nn.Module, seq_len: int) -> tuple[float, float]:
         """FLOPs of a forward and backward per token of data: needed, and run by the implementation."""
@@ -64,14 +66,36 @@ class NextToken:
         nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return nll, (targets != IGNORED).sum()
 
-    def validation(self, model: nn.Module, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
-        return self.training(model, batch)
+    @torch.no_grad()
+    def validation(self, model: nn.Module, batch: Batch, seed: int) -> Measured:
+        targets = batch["targets"]
+        logits = model(batch["tokens"], ctx=Context(segment_ids=batch["segment_ids"]))  # (B, T, V)
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        nll = cross_entropy(
+            exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)
+        counted, correct = targets != IGNORED, logits.argmax(-1) == targets
+        return Measured(nll.sum(0), counted.sum(0), correct.sum(0))
 
     def train_flops(self, model: nn.Module, seq_len: int) -> tuple[float, float]:
         cost = model.cost(seq_len)
         return cost.train_flops, 3 * cost.executed_flops
 
 
-def objective_of(model: nn.Module) -> Objective:
-    """The objective that the model's layers ask for."""
-    return NextToken(model) if getattr(model, "objective", None) is None else Diffusion(model)
+def objective_of(model: nn.Module, labelled: bool = False) -> Objective:
+    """The objective that the model's layers ask for.
+
+    Args:
+        labelled: whether the targets are labels of the data's own and not the next tokens.
+
+    Raises:
+        ValueError: the layers fill in masked tokens, and so cannot learn labels.
+    """
+    if getattr(model, "objective", None) is None:
+        return NextToken(model)
+    if labelled:
+        raise ValueError(
+            f"data: {Diffusion.name} layers learn to fill in tokens and synthetic tasks ask for labels, got "
+            f"model.layout={model.config['layout']!r}; use another variant, or text"
+        )
+    return Diffusion(model)

@@ -80,7 +80,7 @@ def prepare(config: DictConfig) -> Run:
     model = create_model(**model_options(plain, corpus.tokenizer.vocab_size))
     cost = model.cost(data.seq_len)
     steps = trainer.total_steps(data.batch_size * data.seq_len)
-    train_flops = objective_of(model).train_flops(model, data.seq_len)[1]
+    train_flops = objective_of(model, corpus.labelled).train_flops(model, data.seq_len)[1]
     plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops)
     if checkpoint:
         check_vocabulary(corpus.tokenizer, checkpoint, field)
@@ -128,7 +128,8 @@ def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
         objective_of(model)
         data = config["data"]
         rows = max(1, data["batch_size"] // trainer.accumulate)  # of a micro-batch, on a single rank
-        tokens = torch.zeros(rows, data["seq_len"], dtype=torch.long)
+        longest = max(data["seq_len"], data.get("val_seq_len") or 0)
+        tokens = torch.zeros(rows, longest, dtype=torch.long)
         try:
             model(tokens, Context(collector=collector))
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):

@@ -149,6 +149,8 @@ def _close_folder(run: Run, trainer: pl.Trainer, module: LanguageModule, **more:
         "train_loss": last.get("train_loss"),
         "val_loss": last.get("val_loss"),
         "val_bpb": last.get("val_bpb"),
+        "val_accuracy": last.get("val_accuracy"),
+        "val_loss_by_position": last.get("val_loss_by_position"),
         "tokens_per_second": module.meter.tokens_per_second() if module.meter else None,
         "seconds": module.progress.seconds,
         "mfu": last.get("mfu"),
