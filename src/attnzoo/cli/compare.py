@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from attnzoo.cli import INTERRUPTED
 from attnzoo.compare.comparison import compare
 from attnzoo.compare.export import write_files
 from attnzoo.compare.select import Selection, from_folders, from_sweep
@@ -17,30 +18,58 @@ from attnzoo.compare.terminal import show
 
 def compare_command(options: argparse.Namespace) -> int:
     """Compare run folders, a sweep, or what a sweep of these arguments gives; print and write the result."""
-    method = Method(options.interval, options.level, options.correction)
-    selection, folder = _select(options.runs)
-    command = shlex.join(["attnzoo", "compare", *options.runs])
-    found = compare(selection, method, baseline=options.baseline, force=options.force, command=command)
+    method = Method(options.interval, options.level, options.correction)  # before a sweep that takes hours
+    code = 0
+    if any("=" in argument and not Path(argument).exists() for argument in options.runs):
+        folder, code = _sweep(options.runs)
+        if code == INTERRUPTED:
+            return code
+        selection = from_sweep(folder)
+    else:
+        selection, folder = _select(options.runs)
+    found = compare(
+        selection,
+        method,
+        baseline=options.baseline,
+        force=options.force,
+        command=shlex.join(["attnzoo", "compare", *options.runs]),
+    )
     show(found)
     for path in write_files(found, Path(options.out) if options.out else folder):
         print(f"wrote {path}")
-    return 0
+    return code
 
 
 def _select(arguments: Sequence[str]) -> tuple[Selection, Path]:
-    """The runs that the arguments mean, and where the comparison belongs."""
+    """The runs that are named, and where their comparison belongs."""
     if arguments[0] == "sweep" and len(arguments) == 2:
-        folder = _sweep_folder(arguments[1])
+        from attnzoo.sweep.commands import find
+
+        folder = find(arguments[1])
         return from_sweep(folder), folder
-    assigned = [argument for argument in arguments if "=" in argument]
-    if not assigned:
-        return from_folders([Path(a) for a in arguments]), Path(
-            f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}"
+    return from_folders([Path(a) for a in arguments]), Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _sweep(arguments: Sequence[str]) -> tuple[Path, int]:
+    """Run the sweep of these arguments, or go on with it; returns its folder and exit code."""
+    from attnzoo.sweep import commands
+    from attnzoo.sweep.manifest import FILE, read_manifest
+    from attnzoo.sweep.request import read_request
+
+    request = read_request(arguments)
+    folder = commands.ROOT / (request.name or "")
+    if request.name is None or not (folder / FILE).is_file():
+        manifest, code = commands.start([*arguments, "--wait"])
+        return manifest.folder, code
+    before = read_manifest(folder).command
+    if _about(before) != _about(arguments):
+        raise ValueError(
+            f"name: {request.name} is another sweep, of {shlex.join(before)}; give another name, or compare "
+            f"it by attnzoo compare sweep {request.name}"
         )
-    raise ValueError("compare: sweep arguments come later")
+    return folder, commands.resume(folder, request.jobs, wait=True)[1]
 
 
-def _sweep_folder(name: str) -> Path:
-    return (
-        Path(name) if Path(name).is_dir() and (Path(name) / "manifest.json").exists() else Path("runs") / name
-    )
+def _about(arguments: Sequence[str]) -> set[str]:
+    """The arguments that say what a sweep is, not how it runs."""
+    return {a for a in arguments if a != "--wait" and not a.startswith("jobs=")}

@@ -147,8 +147,12 @@ def _defaults(name: str | None) -> dict[str, Any]:
 
 
 def _without_match(flat: dict[str, Any], matched: Mapping[str, Any] | None) -> dict[str, Any]:
-    knob = (matched or {}).get("knob")
-    return flat | {knob: matched["from"]} if knob else flat
+    """The configuration before a sweep solved for a budget; several knobs are joined by " + "."""
+    knobs = str((matched or {}).get("knob") or "").split(" + ")
+    if knobs == [""]:
+        return flat
+    before = [matched["from"]] if len(knobs) == 1 else matched["from"]
+    return flat | dict(zip(knobs, before, strict=True))
 
 
 def _is_data(key: str) -> bool:

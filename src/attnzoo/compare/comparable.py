@@ -8,7 +8,7 @@ from typing import Any
 from attnzoo.compare.arms import Member
 from attnzoo.compare.runs import Run
 
-# beside the values of `conditions`, the held-out set must be the same
+# of `conditions`: what was learned from, for how long, and what is held out
 MUST_AGREE = (
     "data_fingerprint",
     "tokenizer_fingerprint",
@@ -19,6 +19,7 @@ MUST_AGREE = (
     "precision",
     "val_samples",
     "val_fraction",
+    "isolate",
 )
 
 
@@ -38,6 +39,7 @@ def conditions(run: Run) -> dict[str, Any]:
         "precision": str(run.environment.get("precision")).split(" (")[0],
         "val_samples": data.get("val_samples"),
         "val_fraction": data.get("val_fraction"),
+        "isolate": data.get("isolate"),
         "device": run.environment.get("device"),
         "ranks": run.environment.get("ranks"),
         "torch": (run.environment.get("versions") or {}).get("torch"),

@@ -195,8 +195,8 @@ def _decode(arm: str, members: Sequence[Member]) -> dict[str, Any] | None:
     return {"arm": arm, "context": found[0]["context"], **averaged}
 
 
-def _means(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [fmean(column) for column in zip(*rows, strict=True)]
+def _means(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
+    return [None if None in column else fmean(column) for column in zip(*rows, strict=True)]
 
 
 def _run(member: Member, baseline: str, members: Sequence[Member]) -> dict[str, Any]:

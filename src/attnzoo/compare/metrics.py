@@ -61,7 +61,7 @@ def context_gain(positions: Mapping[str, Sequence[float]] | None) -> float | Non
     border count as far as they lie inside.
 
     Args:
-        positions: "edges" and "loss" (nats per token) of the buckets between them.
+        positions: "edges" and "loss" (nats per token, None where there is no target) of the buckets between.
     """
     if not positions or len(positions["edges"]) < 2 or positions["edges"][-1] < 2 * FIRST:
         return None
@@ -69,7 +69,8 @@ def context_gain(positions: Mapping[str, Sequence[float]] | None) -> float | Non
 
     def mean(start: float, end: float) -> float:
         shares = [max(0.0, min(b, end) - max(a, start)) for a, b in pairwise(edges)]
-        return sum(s * x for s, x in zip(shares, losses, strict=True)) / sum(shares)
+        inside = [(s, x) for s, x in zip(shares, losses, strict=True) if s and x is not None]
+        return sum(s * x for s, x in inside) / sum(s for s, _ in inside) if inside else math.nan
 
     return (mean(0, FIRST) - mean(edges[-1] / 2, edges[-1])) / math.log(2)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.compare.arms import Member, group, refuse_twins, variant
-from attnzoo.compare.runs import LeftOut, Run, read_run, read_runs
+from attnzoo.compare.runs import LeftOut, read_run, read_runs
 
 if TYPE_CHECKING:
     from attnzoo.sweep.manifest import Cell, Manifest
@@ -43,36 +43,67 @@ def from_folders(folders: Sequence[Path]) -> Selection:
     if not runs:
         raise ValueError(f"runs: none is usable; {_reasons(left_out)}")
     members = group(runs, {str(run.folder): m for run in runs if (m := _matched_in_sweep(run.folder))})
-    plain = next((m.arm for m in members if variant(m.run) == "mha"), members[0].arm)
-    return Selection(members, left_out, plain, _title(members))
+    return Selection(members, left_out, _plain(members), _title(members))
 
 
 def from_sweep(folder: Path) -> Selection:
-    """The finished cells of a sweep; the others are left out with what is known of them.
+    """The finished runs of a sweep; the others are left out with what is known of them.
 
     Raises:
-        ValueError: there is no such sweep, or no cell of it is usable.
+        ValueError: there is no such sweep, or no run of it is usable.
     """
-    from attnzoo.sweep.manifest import read_manifest
+    from attnzoo.sweep.manifest import RUN, read_manifest
 
     manifest = read_manifest(folder)
-    members, left_out, searches = [], [], []
+    members, left_out = [], []
     for cell in manifest.cells:
         try:
             run = read_run(manifest.run_folder(cell))
         except ValueError as error:
-            left_out.append(LeftOut(manifest.run_folder(cell), _why(folder, cell, str(error))))
+            left_out.append(LeftOut(manifest.run_folder(cell), _why(manifest, cell, str(error))))
             continue
-        if cell.stage == "tune":
-            searches.append((cell, run))
-        else:
+        if cell.stage == RUN:
             members.append(Member(run, cell.arm, cell.setting, cell.matched))
+    left_out += _unplanned(manifest)
     if not members:
-        raise ValueError(f"sweep {manifest.name}: no cell is usable; {_reasons(left_out)}")
+        raise ValueError(f"sweep {manifest.name}: no run is usable; {_reasons(left_out)}")
     refuse_twins(members)
-    tune = {arm: _search(arm, searches, members) for arm in {cell.arm for cell, _ in searches}}
-    baseline = manifest.baseline or members[0].arm
-    return Selection(members, left_out, baseline, f"Sweep {manifest.name}", tune, _notes(manifest))
+    baseline = manifest.baseline or _plain(members)
+    return Selection(
+        members, left_out, baseline, f"Sweep {manifest.name}", searches(manifest), _notes(manifest)
+    )
+
+
+def searches(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What the search for a learning rate tried, found and cost, by arm.
+
+    An arm that was searched in several settings has the sum of the costs, each validation with its setting's
+    name, and a rate only if it is the same in all of them.
+    """
+    from attnzoo.sweep.tune import tuned
+
+    found: dict[str, list[Any]] = {}
+    for one in tuned(manifest):
+        found.setdefault(one.arm, []).append(one)
+    return {
+        arm: {
+            "lr": every[0].lr if len({one.lr for one in every}) == 1 else None,
+            "grid": sorted({rate for one in every for rate in one.grid}),
+            "at_edge": any(one.at_edge for one in every),
+            "val": {
+                f"{one.setting}: {rate:g}" if len(every) > 1 else f"{rate:g}": value
+                for one in every
+                for rate, value in one.val.items()
+            },
+            **{key: sum(getattr(one, key) for one in every) for key in ("tokens", "flops", "seconds")},
+        }
+        for arm, every in found.items()
+    }
+
+
+def _plain(members: Sequence[Member]) -> str:
+    """mha where it takes part, else the arm of the first run."""
+    return next((m.arm for m in members if variant(m.run) == "mha"), members[0].arm)
 
 
 def _reasons(left_out: Sequence[LeftOut]) -> str:
@@ -80,19 +111,33 @@ def _reasons(left_out: Sequence[LeftOut]) -> str:
     return few + (f"; and {len(left_out) - 5} more" if len(left_out) > 5 else "")
 
 
-def _why(folder: Path, cell: Cell, reason: str) -> str:
+def _why(manifest: Manifest, cell: Cell, reason: str) -> str:
     """What the sweep knows of a cell that did not end well, else what its folder shows."""
-    with suppress(OSError, json.JSONDecodeError):
-        last = json.loads((folder / "cells" / f"{cell.id}.json").read_text())
-        if last["status"] != "done":
-            return f"{last['status']}: {last['reason']}" if last.get("reason") else last["status"]
+    from attnzoo.sweep.state import DONE, read_outcome
+
+    outcome = read_outcome(manifest, cell)
+    if outcome and outcome.status != DONE:
+        return f"{outcome.status}: {outcome.reason}" if outcome.reason else outcome.status
     return "has not run yet" if reason == "does not exist" else reason
+
+
+def _unplanned(manifest: Manifest) -> list[LeftOut]:
+    """Runs that still wait for their learning rate."""
+    from attnzoo.sweep.manifest import RUN, as_cell
+
+    planned = {cell.group for cell in manifest.cells if cell.stage == RUN}
+    waiting = [as_cell(cell) for cell in (manifest.tune or {}).get("runs", ())]
+    groups = dict.fromkeys(cell.group for cell in waiting if cell.group not in planned)
+    return [
+        LeftOut(manifest.folder, f"{' '.join(filter(None, group))}: its learning rate has not been found")
+        for group in groups
+    ]
 
 
 def _matched_in_sweep(folder: Path) -> Mapping[str, Any] | None:
     """What a sweep solved for a run folder that is one of its cells."""
     manifest = folder.resolve().parents[1] / "manifest.json"
-    with suppress(OSError, json.JSONDecodeError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         cells = json.loads(manifest.read_text())["cells"]
         return next((c["matched"] for c in cells if c["id"] == folder.resolve().name), None)
     return None
@@ -104,32 +149,9 @@ def _title(members: Sequence[Member]) -> str:
 
 
 def _notes(manifest: Manifest) -> tuple[str, ...]:
+    """Cells of a local sweep share the machine unless it was told jobs=1."""
     jobs = manifest.launcher.get("jobs")
-    if isinstance(jobs, int) and jobs > 1:
-        return (f"Up to {jobs} runs shared a machine: times depend on what ran beside.",)
-    return ()
-
-
-def _search(arm: str, searches: Sequence[tuple[Cell, Run]], members: Sequence[Member]) -> dict[str, Any]:
-    """What the search for an arm's learning rate tried, found and cost."""
-    own = [(cell, run) for cell, run in searches if cell.arm == arm]
-    several = len({cell.setting for cell, _ in own}) > 1
-    grid = sorted({run.config["optim"]["lr"] for _, run in own})
-    chosen = {m.run.config["optim"]["lr"] for m in members if m.arm == arm}
-    lr = chosen.pop() if len(chosen) == 1 else None
-    return {
-        "lr": lr,
-        "grid": grid,
-        "at_edge": lr is not None and len(grid) > 1 and lr in (grid[0], grid[-1]),
-        "val": {
-            f"{cell.setting}: {run.config['optim']['lr']:g}" if several else f"{run.config['optim']['lr']:g}":
-            run.summary.get("val_loss") for cell, run in own
-        },
-        "tokens": sum(run.summary["tokens"] for _, run in own),
-        "flops": sum(_flops(run) for _, run in own),
-        "seconds": sum(run.summary.get("seconds") or 0 for _, run in own),
-    }  # fmt: skip
-
-
-def _flops(run: Run) -> float:
-    return run.summary["tokens"] * (run.summary.get("train_flops_per_token") or 0)
+    if manifest.launcher.get("name") != "local" or jobs == 1:
+        return ()
+    many = f"up to {jobs}" if jobs else "as many as it holds"
+    return (f"Runs shared the machine ({many} at a time): times depend on what ran beside.",)
