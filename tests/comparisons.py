@@ -11,7 +11,17 @@ from scipy import stats
 # label, title, family, params, FLOPs per token, cache bytes, seconds, shift of val bpb, ms per token
 ARMS = [
     ("mha", "Multi-head attention", "heads", 10_652_160, 62.1e6, 3_145_728, 410.0, 0.0, 4.1),
-    ("gqa num_kv_heads=2", "Grouped-query attention", "heads", 10_651_392, 62.0e6, 786_432, 398.0, 0.003, 3.6),
+    (
+        "gqa num_kv_heads=2",
+        "Grouped-query attention",
+        "heads",
+        10_651_392,
+        62.0e6,
+        786_432,
+        398.0,
+        0.003,
+        3.6,
+    ),
     ("mla", "Multi-head latent attention", "latent", 10_660_608, 63.8e6, 442_368, 452.0, -0.019, 4.4),
     ("gated_deltanet", "Gated DeltaNet", "linear", 10_671_104, 58.4e6, 196_608, 537.0, -0.031, 2.9),
     ("sliding_window", "Sliding-window attention", "sparse", 10_652_160, 59.7e6, 393_216, 405.0, 0.034, 3.1),
@@ -26,8 +36,21 @@ METRICS = [
     ("peak_memory_bytes", "Peak memory", "bytes", "lower", False),
     ("decode_ms", "Decoding at T", "ms/token", "lower", False),
 ]
-TASKS = ["mqar", "induction", "selective_copying", "fuzzy_recall", "noisy_recall", "compression",
-         "memorisation", "parity", "s3", "s5", "needle", "in_context_regression", "length_extrapolation"]  # fmt: skip
+TASKS = [
+    "mqar",
+    "induction",
+    "selective_copying",
+    "fuzzy_recall",
+    "noisy_recall",
+    "compression",
+    "memorisation",
+    "parity",
+    "s3",
+    "s5",
+    "needle",
+    "in_context_regression",
+    "length_extrapolation",
+]
 
 
 def comparison(seeds: int = 3, settings: tuple[str, ...] = ("",), arms: int = len(ARMS)) -> dict[str, Any]:
@@ -59,8 +82,9 @@ def comparison(seeds: int = 3, settings: tuple[str, ...] = ("",), arms: int = le
         "settings": [_setting(name, seeds, arms) for name in settings],
         "profile": _profile(labels, seeds),
         "claims": _claims(labels),
-        "runs": [_run(label, name, seed) for name in settings for label in labels
-                 for seed in range(1, seeds + 1)],  # fmt: skip
+        "runs": [
+            _run(label, name, seed) for name in settings for label in labels for seed in range(1, seeds + 1)
+        ],
     }
 
 
@@ -80,8 +104,15 @@ def _arm(arm: tuple, seeds: int) -> dict[str, Any]:
     label, title, family, params = arm[:4]
     baseline = label == "mha"
     hidden = 341 + len(label)
-    matched = {"budget": "params", "target": 10_652_160, "value": params, "knob": "model.mlp_hidden",
-               "from": 341, "to": hidden, "deviation": params / 10_652_160 - 1}  # fmt: skip
+    matched = {
+        "budget": "params",
+        "target": 10_652_160,
+        "value": params,
+        "knob": "model.mlp_hidden",
+        "from": 341,
+        "to": hidden,
+        "deviation": params / 10_652_160 - 1,
+    }
     grid = {"0.001": 2.11, "0.003": 2.02, "0.01": 2.07}
     return {
         "label": label,
@@ -92,11 +123,19 @@ def _arm(arm: tuple, seeds: int) -> dict[str, Any]:
         "summary": f"{title} in one sentence.",
         "baseline": baseline,
         "seeds": list(range(1, seeds + 1)),
-        "config_diff": {} if baseline else {"attention.name": ["mha", label.split()[0]],
-                                            "model.mlp_hidden": [341, hidden]},  # fmt: skip
+        "config_diff": {}
+        if baseline
+        else {"attention.name": ["mha", label.split()[0]], "model.mlp_hidden": [341, hidden]},
         "matched": None if baseline else matched,
-        "tune": {"lr": 0.003 if label != "mla" else 0.01, "grid": [0.001, 0.003, 0.01], "at_edge": label == "mla",
-                 "val": grid, "tokens": 3_000_000, "flops": 1.9e14, "seconds": 240.0},  # fmt: skip
+        "tune": {
+            "lr": 0.003 if label != "mla" else 0.01,
+            "grid": [0.001, 0.003, 0.01],
+            "at_edge": label == "mla",
+            "val": grid,
+            "tokens": 3_000_000,
+            "flops": 1.9e14,
+            "seconds": 240.0,
+        },
     }
 
 
@@ -107,13 +146,16 @@ def _values(arm: tuple, metric: str, seeds: int) -> dict[str, float]:
     for seed in range(1, seeds + 1):
         common = random.Random(seed).gauss(0, 0.006)
         own = random.Random(f"{label} {metric} {seed}").gauss(0, 1)
-        values[str(seed)] = exact.get(metric) or {
-            "val_bpb": 1.912 + common + shift + 0.003 * own,
-            "seconds": seconds * (1 + 0.01 * own),
-            "tokens_per_second": 6e6 / seconds * (1 + 0.01 * own),
-            "peak_memory_bytes": 1.4e9 + cache * 24 + 1e6 * own,
-            "decode_ms": decode * (1 + 0.02 * own),
-        }[metric]
+        values[str(seed)] = (
+            exact.get(metric)
+            or {
+                "val_bpb": 1.912 + common + shift + 0.003 * own,
+                "seconds": seconds * (1 + 0.01 * own),
+                "tokens_per_second": 6e6 / seconds * (1 + 0.01 * own),
+                "peak_memory_bytes": 1.4e9 + cache * 24 + 1e6 * own,
+                "decode_ms": decode * (1 + 0.02 * own),
+            }[metric]
+        )
     return values
 
 
@@ -121,9 +163,23 @@ def _result(arm: tuple, metric: tuple, seeds: int, number: int) -> dict[str, Any
     key, _, _, better, exact = metric
     own, base = _values(arm, key, seeds), _values(ARMS[0], key, seeds)
     mean, n = sum(own.values()) / len(own), len(own)
-    result = {"arm": arm[0], "metric": key, "values": own, "mean": mean, "n": n, "p": None, "p_adjusted": None,
-              "sd": stdev(list(own.values())) if n > 1 else None, "difference": None, "low": None, "high": None,
-              "ratio": None, "verdict": "baseline", "seeds_needed": None, "reason": ""}  # fmt: skip
+    result = {
+        "arm": arm[0],
+        "metric": key,
+        "values": own,
+        "mean": mean,
+        "n": n,
+        "p": None,
+        "p_adjusted": None,
+        "sd": stdev(list(own.values())) if n > 1 else None,
+        "difference": None,
+        "low": None,
+        "high": None,
+        "ratio": None,
+        "verdict": "baseline",
+        "seeds_needed": None,
+        "reason": "",
+    }
     if arm is ARMS[0]:
         return result
     paired = [own[seed] - base[seed] for seed in own]
@@ -138,9 +194,14 @@ def _result(arm: tuple, metric: tuple, seeds: int, number: int) -> dict[str, Any
     p = float(stats.ttest_1samp(paired, 0).pvalue)
     found = (difference < 0) == (better == "lower")
     sure = abs(difference) > half and p * number < 0.05
-    result.update(low=difference - half, high=difference + half, p=p, p_adjusted=min(1.0, p * number),
-                  verdict=("better" if found else "worse") if sure else "not distinguishable",
-                  seeds_needed=None if sure else 7)  # fmt: skip
+    result.update(
+        low=difference - half,
+        high=difference + half,
+        p=p,
+        p_adjusted=min(1.0, p * number),
+        verdict=("better" if found else "worse") if sure else "not distinguishable",
+        seeds_needed=None if sure else 7,
+    )
     return result
 
 
@@ -149,18 +210,33 @@ def _setting(name: str, seeds: int, arms: int) -> dict[str, Any]:
     number = max(1, arms - 1)
     return {
         "name": name,
-        "conditions": {"data": "stdlib", "tokenizer": "bytes", "seq_len": 512, "steps": 600, "batch_size": 8,
-                       "tokens": 2_457_600, "precision": "bf16-mixed", "device": "cpu"},  # fmt: skip
+        "conditions": {
+            "data": "stdlib",
+            "tokenizer": "bytes",
+            "seq_len": 512,
+            "steps": 600,
+            "batch_size": 8,
+            "tokens": 2_457_600,
+            "precision": "bf16-mixed",
+            "device": "cpu",
+        },
         "arms": [arm[0] for arm in chosen],
-        "metrics": [dict(zip(("key", "title", "unit", "better", "exact"), metric, strict=True)) for metric in METRICS],
+        "metrics": [
+            dict(zip(("key", "title", "unit", "better", "exact"), metric, strict=True)) for metric in METRICS
+        ],
         "results": [_result(arm, metric, seeds, number) for metric in METRICS for arm in chosen],
         "curves": [_curve(arm, seed) for arm in chosen for seed in range(1, seeds + 1)],
         "positions": [_positions(arm, seeds) for arm in chosen],
-        "decode": [{"arm": arm[0], "context": [128, 256, 512],
-                    "ms_per_token": [arm[8] * f for f in ((1, 1, 1) if arm[2] == "linear" else (0.7, 0.83, 1))],
-                    "cache_bytes": [arm[5] * f if arm[2] != "linear" else arm[5] for f in (0.25, 0.5, 1)]}
-                   for arm in chosen],
-    }  # fmt: skip
+        "decode": [
+            {
+                "arm": arm[0],
+                "context": [128, 256, 512],
+                "ms_per_token": [arm[8] * f for f in ((1, 1, 1) if arm[2] == "linear" else (0.7, 0.83, 1))],
+                "cache_bytes": [arm[5] * f if arm[2] != "linear" else arm[5] for f in (0.25, 0.5, 1)],
+            }
+            for arm in chosen
+        ],
+    }
 
 
 def _curve(arm: tuple, seed: int) -> dict[str, Any]:
@@ -170,21 +246,26 @@ def _curve(arm: tuple, seed: int) -> dict[str, Any]:
     loss = [floor + 4.2 / (1 + t / 30_000) for t in tokens]
     val_tokens = tokens[9::10]
     return {
-        "arm": arm[0], "seed": seed, "tokens": tokens, "flops": [t * arm[4] for t in tokens],
+        "arm": arm[0],
+        "seed": seed,
+        "tokens": tokens,
+        "flops": [t * arm[4] for t in tokens],
         "seconds": [t / tokens[-1] * arm[6] * (1 + 0.01 * seed) for t in tokens],
         "train_loss": [y + noise.gauss(0, 0.03) for y in loss],
         "val_tokens": val_tokens,
         "val": [y * 1.38 + noise.gauss(0, 0.004) for y in loss[9::10]],
         "val_key": "val_bpb",
-    }  # fmt: skip
+    }
 
 
 def _positions(arm: tuple, seeds: int) -> dict[str, Any]:
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
     reach = 6 if arm[2] == "sparse" else 10
     mean = [1.25 + 1.9 * 0.62 ** min(i, reach) + arm[7] for i in range(len(edges) - 1)]
-    loss = {str(seed): [y + random.Random(f"{arm[0]} {seed} {i}").gauss(0, 0.01) for i, y in enumerate(mean)]
-            for seed in range(1, seeds + 1)}  # fmt: skip
+    loss = {
+        str(seed): [y + random.Random(f"{arm[0]} {seed} {i}").gauss(0, 0.01) for i, y in enumerate(mean)]
+        for seed in range(1, seeds + 1)
+    }
     return {"arm": arm[0], "edges": edges, "loss": loss, "mean": mean}
 
 
@@ -192,26 +273,63 @@ def _profile(labels: list[str], seeds: int) -> dict[str, Any]:
     chance = random.Random(5)
     mean = [[round(min(1.0, max(0.02, chance.betavariate(1.2, 0.6))), 3) for _ in TASKS] for _ in labels]
     return {
-        "tasks": TASKS, "arms": labels, "mean": mean,
+        "tasks": TASKS,
+        "arms": labels,
+        "mean": mean,
         "low": [[max(0.0, v - 0.04) for v in row] for row in mean] if seeds > 1 else None,
         "high": [[min(1.0, v + 0.04) for v in row] for row in mean] if seeds > 1 else None,
         "seeds": [[seeds for _ in TASKS] for _ in labels],
-    }  # fmt: skip
+    }
 
 
 def _claims(labels: list[str]) -> list[dict[str, Any]]:
     made = [
-        ("gqa num_kv_heads=2", "Close to the quality of multi-head attention at a fraction of the cache",
-         "T5 XXL, uptrained", "val_bpb", "equal", "not distinguishable", "interval -0.004 to 0.011 holds 0"),
-        ("mla", "A cache of 7 % of multi-head attention's", "DeepSeek-V2, 236B", "cache_bytes", "lower",
-         "reproduced", "14.1 % here"),
-        ("gated_deltanet", "Lower perplexity than softmax attention", "1.3B, 100B tokens of FineWeb", "val_bpb",
-         "lower", "reproduced", "difference -0.031"),
-        ("sliding_window", "No loss of quality at short contexts", "", "val_bpb", "equal", "contradicted",
-         "0.034 above the baseline"),
-        ("gated_deltanet", "Extrapolates to 20 times the training length", "1.3B", "", "", "not tested",
-         "no metric here"),
-    ]  # fmt: skip
+        (
+            "gqa num_kv_heads=2",
+            "Close to the quality of multi-head attention at a fraction of the cache",
+            "T5 XXL, uptrained",
+            "val_bpb",
+            "equal",
+            "not distinguishable",
+            "interval -0.004 to 0.011 holds 0",
+        ),
+        (
+            "mla",
+            "A cache of 7 % of multi-head attention's",
+            "DeepSeek-V2, 236B",
+            "cache_bytes",
+            "lower",
+            "reproduced",
+            "14.1 % here",
+        ),
+        (
+            "gated_deltanet",
+            "Lower perplexity than softmax attention",
+            "1.3B, 100B tokens of FineWeb",
+            "val_bpb",
+            "lower",
+            "reproduced",
+            "difference -0.031",
+        ),
+        (
+            "sliding_window",
+            "No loss of quality at short contexts",
+            "",
+            "val_bpb",
+            "equal",
+            "contradicted",
+            "0.034 above the baseline",
+        ),
+        (
+            "gated_deltanet",
+            "Extrapolates to 20 times the training length",
+            "1.3B",
+            "",
+            "",
+            "not tested",
+            "no metric here",
+        ),
+    ]
     names = ("arm", "text", "where", "metric", "expect", "verdict", "reason")
     return [dict(zip(names, claim, strict=True)) | {"against": "mha"} for claim in made if claim[0] in labels]
 
@@ -219,11 +337,25 @@ def _claims(labels: list[str]) -> list[dict[str, Any]]:
 def _run(label: str, setting: str, seed: int) -> dict[str, Any]:
     variant = label.split()[0]
     return {
-        "folder": f"runs/example/cells/{variant}-s{seed}", "arm": label, "setting": setting, "seed": seed,
+        "folder": f"runs/example/cells/{variant}-s{seed}",
+        "arm": label,
+        "setting": setting,
+        "seed": seed,
         "status": "completed",
-        "summary": {"val_bpb": 1.9 + seed / 100, "train_loss": 1.31, "params": 10_652_160, "tokens": 2_457_600,
-                    "tokens_per_second": 6012.3, "peak_memory_bytes": 1_474_560_000},
+        "summary": {
+            "val_bpb": 1.9 + seed / 100,
+            "train_loss": 1.31,
+            "params": 10_652_160,
+            "tokens": 2_457_600,
+            "tokens_per_second": 6012.3,
+            "peak_memory_bytes": 1_474_560_000,
+        },
         "config_diff": {"seed": [1, seed], "attention.name": ["mha", variant]},
-        "environment": {"versions": {"torch": "2.10.0", "python": "3.12.4"}, "platform": "Linux x86_64",
-                        "device": "cpu", "impl": "sdpa" if variant == "mha" else "reference", "ranks": 1},
-    }  # fmt: skip
+        "environment": {
+            "versions": {"torch": "2.10.0", "python": "3.12.4"},
+            "platform": "Linux x86_64",
+            "device": "cpu",
+            "impl": "sdpa" if variant == "mha" else "reference",
+            "ranks": 1,
+        },
+    }

@@ -10,7 +10,9 @@ from attnzoo.compare.page import render
 from comparisons import bare, comparison
 
 
-@pytest.mark.parametrize("made", [comparison(), comparison(seeds=1), bare()], ids=["whole", "one seed", "bare"])
+@pytest.mark.parametrize(
+    "made", [comparison(), comparison(seeds=1), bare()], ids=["whole", "one seed", "bare"]
+)
 def test_page_is_one_document(made):
     page = render(made)
     assert page.count("<!DOCTYPE html>") == 1

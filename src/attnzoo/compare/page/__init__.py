@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from ..metrics import headline
 from .context import decode_plots, positions_plot
 from .curves import curves_plot
-from .facts import conditions, finding, said_first
+from .facts import conditions, finding, moment, said_first
 from .figures import Plot, Style, styles
 from .pareto import pareto_plots
 from .profile import profile_plot
@@ -49,7 +49,9 @@ def render(comparison: dict[str, Any]) -> str:
     """The page as text."""
     look = styles(comparison)
     profile = profile_plot(comparison["profile"])
-    settings = [_setting(setting, comparison, look, f"s{i}") for i, setting in enumerate(comparison["settings"])]
+    settings = [
+        _setting(setting, comparison, look, f"s{i}") for i, setting in enumerate(comparison["settings"])
+    ]
     plots = [plot for setting in settings for plot in setting["plots"]] + [profile]
     figures = {plot.id: plot.data() for plot in plots if plot}
     templates = Environment(
@@ -62,7 +64,6 @@ def render(comparison: dict[str, Any]) -> str:
     return templates.get_template("page.html").render(
         comparison=comparison,
         look=look,
-        finding=finding(comparison),
         warnings=said_first(comparison),
         settings=settings,
         arms=arm_records(comparison),
@@ -73,16 +74,21 @@ def render(comparison: dict[str, Any]) -> str:
         plotly=Markup(get_plotlyjs()),
         styles=[_asset(name) for name in STYLES],
         scripts=[_asset(name) for name in SCRIPTS],
+        made=moment(comparison["created"]),
         versions=f"attnzoo {version('attnzoo')}, plotly {version('plotly')}",
     )
 
 
-def _setting(setting: dict[str, Any], comparison: dict[str, Any], look: dict[str, Style], id: str) -> dict[str, Any]:
+def _setting(
+    setting: dict[str, Any], comparison: dict[str, Any], look: dict[str, Style], id: str
+) -> dict[str, Any]:
     """What the page shows of one setting; plots that have nothing to show are not in it."""
     quality = headline([metric["key"] for metric in setting["metrics"]])
     baseline = comparison["baseline"]
-    lines = [curves_plot(setting, look, baseline, f"{id}-curves"),
-             positions_plot(setting, look, baseline, f"{id}-positions")]  # fmt: skip
+    lines = [
+        curves_plot(setting, look, baseline, f"{id}-curves"),
+        positions_plot(setting, look, baseline, f"{id}-positions"),
+    ]
     pareto = pareto_plots(setting, look, quality, f"{id}-pareto") if quality else []
     decode = decode_plots(setting, look, f"{id}-decode")
     return {
@@ -90,11 +96,12 @@ def _setting(setting: dict[str, Any], comparison: dict[str, Any], look: dict[str
         "name": setting["name"] or "all runs",
         "finding": finding(comparison, setting),
         "conditions": conditions(setting, comparison),
-        "results": results_table(setting, quality, id),
+        "results": results_table(setting, quality, comparison["method"]["level"], id),
         "metrics": metrics_table(setting, id),
         "curves": lines[0],
         "positions": lines[1],
         "pareto": pareto,
+        "seeds": max((result["n"] for result in setting["results"]), default=0),
         "decode": decode,
         "plots": [plot for plot in [*lines, *pareto, *decode] if plot],
     }

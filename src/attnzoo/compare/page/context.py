@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,35 +12,46 @@ from .figures import Plot, Style, figure
 from .numbers import byte_ticks, quantity
 
 
-def positions_plot(setting: dict[str, Any], look: dict[str, Style], baseline: str | None, id: str) -> Plot | None:
+def positions_plot(
+    setting: dict[str, Any], look: dict[str, Style], baseline: str | None, id: str
+) -> Plot | None:
     """Loss by position in the context, and minus the baseline's; None where no arm has it."""
     rows = {row["arm"]: row for row in setting["positions"] if row["mean"]}
     if not rows:
         return None
-    figures = {("loss",): _positions({arm: row["loss"] for arm, row in rows.items()}, rows, look, "loss")}
+    figures = {
+        ("loss",): _positions(
+            {arm: row["loss"] for arm, row in rows.items()}, rows, look, "validation loss in nats"
+        )
+    }
     base = rows.get(baseline)
     if base and len(rows) > 1:
         gaps = {
-            arm: {seed: [a - b for a, b in zip(loss, base["loss"][seed], strict=True)]
-                  for seed, loss in row["loss"].items() if seed in base["loss"]}
-            for arm, row in rows.items() if row["edges"] == base["edges"]
-        }  # fmt: skip
-        figures[f"loss − {baseline}",] = _positions(gaps, rows, look, "difference in loss")
+            arm: {
+                seed: [a - b for a, b in zip(loss, base["loss"][seed], strict=True)]
+                for seed, loss in row["loss"].items()
+                if seed in base["loss"]
+            }
+            for arm, row in rows.items()
+            if row["edges"] == base["edges"]
+        }
+        figures[f"loss − {baseline}",] = _positions(gaps, rows, look, "difference in nats")
     caption = "Validation loss in nats, by how many tokens stand before. A falling curve uses its context."
     return Plot(id, "Loss by position", caption, figures, {"Show": [key[0] for key in figures]}, height=380)
 
 
-def _positions(losses: dict[str, dict[str, list[float]]], rows: dict[str, Any], look: dict[str, Style],
-               title: str) -> go.Figure:  # fmt: skip
+def _positions(
+    losses: dict[str, dict[str, list[float]]], rows: dict[str, Any], look: dict[str, Style], title: str
+) -> go.Figure:
     drawn = figure("position in the context", title, hovermode="x unified")
     names: list[str] = []
     means = {}
     for arm, seeds in losses.items():
-        values = [column for column in zip(*seeds.values(), strict=True)]
+        values = list(zip(*seeds.values(), strict=True))
         if not values:
             continue
         edges = rows[arm]["edges"]
-        names = [str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in zip(edges, edges[1:], strict=False)]
+        names = [str(a) if b == a + 1 else f"{a}–{b - 1}" for a, b in pairwise(edges)]
         means[arm] = (names, [sum(column) / len(column) for column in values])
         if len(seeds) > 1:
             low, high = [min(column) for column in values], [max(column) for column in values]
@@ -48,12 +60,18 @@ def _positions(losses: dict[str, dict[str, list[float]]], rows: dict[str, Any], 
         style = look[arm]
         drawn.add_trace(
             go.Scatter(
-                x=x, y=mean, mode="lines+markers", line=style.line, name=style.name, legendgroup=style.name,
-                marker={"symbol": style.symbol, "size": 7, "color": style.colour}, meta="line",
+                x=x,
+                y=mean,
+                mode="lines+markers",
+                line=style.line,
+                name=style.name,
+                legendgroup=style.name,
+                marker={"symbol": style.symbol, "size": 7, "color": style.colour},
+                meta="line",
                 hovertemplate="%{y:.4f} nats",
             )
-        )  # fmt: skip
-    drawn.update_xaxes(type="category", showgrid=False)
+        )
+    drawn.update_xaxes(type="category", showgrid=False, tickmode="auto", nticks=0)
     return drawn
 
 
@@ -78,13 +96,21 @@ def _growth(rows: list[dict[str, Any]], look: dict[str, Style], key: str, axis: 
         style = look[row["arm"]]
         drawn.add_trace(
             go.Scatter(
-                x=row["context"], y=row[key], mode="lines+markers", line=style.line, name=style.name, meta="line",
+                x=row["context"],
+                y=row[key],
+                mode="lines+markers",
+                line=style.line,
+                name=style.name,
+                meta="line",
                 marker={"symbol": style.symbol, "size": 8, "color": style.colour},
-                customdata=[quantity(value, unit) for value in row[key]], hovertemplate="%{customdata}",
+                customdata=[quantity(value, unit) for value in row[key]],
+                hovertemplate="%{customdata}",
             )
-        )  # fmt: skip
+        )
     contexts = sorted({context for row in rows for context in row["context"]})
-    drawn.update_xaxes(type="log", tickvals=contexts, ticktext=[f"{context:,}".replace(",", " ") for context in contexts])
+    drawn.update_xaxes(
+        type="log", tickvals=contexts, ticktext=[f"{context:,}".replace(",", " ") for context in contexts]
+    )
     values = [value for row in rows for value in row[key] if value]
     if unit == "bytes" and values:
         ticks, texts = byte_ticks(min(values), max(values))

@@ -1,4 +1,4 @@
-"""Loss curves: the mean over seeds with the range of the seeds behind it, against tokens, FLOPs or seconds."""
+"""Loss curves: means over seeds with the range of the seeds behind, against tokens, FLOPs or seconds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from .figures import Plot, Style, figure
-from .numbers import quantity
 
-AXES = {"tokens": ("tokens", "tokens"), "FLOPs": ("flops", "FLOPs"), "seconds": ("seconds", "s")}
+# name on the page -> (key of the curve, title of the axis, unit behind a value)
+AXES = {
+    "tokens": ("tokens", "tokens", "tokens"),
+    "FLOPs": ("flops", "training FLOPs", "FLOPs"),
+    "seconds": ("seconds", "seconds of training", "s"),
+}
 KINDS = {"validation": ("val_tokens", "val"), "training": ("tokens", "train_loss")}
 SETTLED = 0.1  # of the run: before it the loss falls so far that nothing else could be seen
 BLOCKS = 200  # points of a curve at most; more are averaged
@@ -26,7 +30,9 @@ class Band:
     seeds: tuple[int, ...]
 
 
-def curves_plot(setting: dict[str, Any], look: dict[str, Style], baseline: str | None, id: str) -> Plot | None:
+def curves_plot(
+    setting: dict[str, Any], look: dict[str, Style], baseline: str | None, id: str
+) -> Plot | None:
     """The plot of a setting's curves, or None where it has none."""
     figures: dict[tuple[str, ...], go.Figure] = {}
     for kind in KINDS:
@@ -35,18 +41,21 @@ def curves_plot(setting: dict[str, Any], look: dict[str, Style], baseline: str |
             bands = {label: found for label, found in bands.items() if found is not None}
             if not bands:
                 continue
-            figures[kind, axis] = _draw(bands, look, kind, axis)
+            title = _title(setting, kind)
+            figures[kind, axis] = _draw(bands, look, title, axis)
             if kind == "validation" and baseline in bands and len(bands) > 1:
                 gaps = {label: gap(found, bands[baseline]) for label, found in bands.items()}
                 gaps = {label: found for label, found in gaps.items() if found is not None}
-                figures[f"validation − {baseline}", axis] = _draw(gaps, look, "difference", axis)
+                figures[f"validation − {baseline}", axis] = _draw(gaps, look, f"difference in {title}", axis)
     if not figures:
         return None
-    choices = {"Loss": list(dict.fromkeys(key[0] for key in figures)),
-               "Against": list(dict.fromkeys(key[1] for key in figures))}  # fmt: skip
-    caption = "Lines are means over seeds; bands reach from the lowest to the highest seed. " + (
-        "The first tenth of the run is out of view: a double click brings it back."
-    )
+    choices = {
+        "Loss": list(dict.fromkeys(key[0] for key in figures)),
+        "Against": list(dict.fromkeys(key[1] for key in figures)),
+    }
+    several = len({curve["seed"] for curve in setting["curves"]}) > 1
+    seeds = "Lines are means over seeds; bands reach from the lowest to the highest seed." if several else ""
+    caption = f"{seeds} The first tenth of the run is out of view: a double click brings it back.".strip()
     return Plot(id, "Loss curves", caption, figures, choices)
 
 
@@ -60,7 +69,11 @@ def band(curves: list[dict[str, Any]], arm: str, kind: str, axis: str) -> Band |
     key = AXES[axis][0]
     rows = []
     for curve in (each for each in curves if each["arm"] == arm):
-        points = [(t, y) for t, y in zip(curve.get(where) or [], curve.get(what) or [], strict=False) if y is not None]
+        points = [
+            (t, y)
+            for t, y in zip(curve.get(where) or [], curve.get(what) or [], strict=False)
+            if y is not None
+        ]
         timed = [(t, x) for t, x in zip(curve["tokens"], curve.get(key) or [], strict=False) if x is not None]
         if points and timed:
             rows.append((curve["seed"], np.array(points, float).T, np.array(timed, float).T))
@@ -75,8 +88,11 @@ def band(curves: list[dict[str, Any]], arm: str, kind: str, axis: str) -> Band |
     size = -(-len(grid) // BLOCKS)
     starts = np.arange(0, len(grid), size)
     counts = np.diff(np.append(starts, len(grid)))
-    return Band(np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts, axis=1) / counts,
-                tuple(seed for seed, _, _ in rows))  # fmt: skip
+    return Band(
+        np.add.reduceat(x, starts) / counts,
+        np.add.reduceat(y, starts, axis=1) / counts,
+        tuple(seed for seed, _, _ in rows),
+    )
 
 
 def gap(own: Band, base: Band) -> Band | None:
@@ -93,35 +109,58 @@ def gap(own: Band, base: Band) -> Band | None:
 def area(x: list[Any], low: list[float], high: list[float], style: Style, group: str) -> go.Scatter:
     """The band between two curves, in the arm's colour, out of the legend and of the hover."""
     return go.Scatter(
-        x=[*x, *reversed(x)], y=[*high, *reversed(low)], fill="toself", fillcolor=style.colour, opacity=0.16,
-        line={"width": 0}, mode="lines", hoverinfo="skip", showlegend=False, legendgroup=group, name=group,
+        x=[*x, *reversed(x)],
+        y=[*high, *reversed(low)],
+        fill="toself",
+        fillcolor=style.colour,
+        opacity=0.16,
+        line={"width": 0, "color": style.colour},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=group,
+        name=group,
         meta="band",
-    )  # fmt: skip
+    )
 
 
-def _draw(bands: dict[str, Band], look: dict[str, Style], kind: str, axis: str) -> go.Figure:
-    unit = AXES[axis][1]
-    title = {"validation": "validation loss", "training": "training loss"}.get(kind, "difference in loss")
-    drawn = figure(AXES[axis][0] if unit != "s" else "seconds of training", title, hovermode="x unified")
+def _title(setting: dict[str, Any], kind: str) -> str:
+    """What a curve measures: the validation of one setting may be bits per byte, of another accuracy."""
+    if kind == "training":
+        return "training loss in nats"
+    key = setting["curves"][0].get("val_key")
+    return next((m["title"].lower() for m in setting["metrics"] if m["key"] == key), "validation loss")
+
+
+def _draw(bands: dict[str, Band], look: dict[str, Style], title: str, axis: str) -> go.Figure:
+    _, across, unit = AXES[axis]
+    drawn = figure(across, title, hovermode="x unified")
     for label, found in bands.items():
         if len(found.seeds) > 1:
             x, low, high = found.x.tolist(), found.y.min(0).tolist(), found.y.max(0).tolist()
             drawn.add_trace(area(x, low, high, look[label], look[label].name))
     for label, found in bands.items():
         style, mean = look[label], found.y.mean(0)
-        spread = [f" ({low:.3f} to {high:.3f})" if len(found.seeds) > 1 else ""
-                  for low, high in zip(found.y.min(0), found.y.max(0), strict=True)]  # fmt: skip
+        spread = [
+            f" ({low:.3f} to {high:.3f})" if len(found.seeds) > 1 else ""
+            for low, high in zip(found.y.min(0), found.y.max(0), strict=True)
+        ]
         drawn.add_trace(
             go.Scatter(
-                x=found.x.tolist(), y=mean.tolist(), mode="lines", line=style.line, name=style.name,
-                legendgroup=style.name, customdata=spread, hovertemplate="%{y:.4f}%{customdata}", meta="line",
+                x=found.x.tolist(),
+                y=mean.tolist(),
+                mode="lines",
+                line=style.line,
+                name=style.name,
+                legendgroup=style.name,
+                customdata=spread,
+                hovertemplate="%{y:.4f}%{customdata}",
+                meta="line",
             )
-        )  # fmt: skip
+        )
     drawn.update_xaxes(tickformat="~s", unifiedhovertitle={"text": "%{x:.3s} " + unit})
     shown = [found for found in bands.values() if (found.x >= SETTLED * found.x[-1]).any()]
     values = np.concatenate([found.y[:, found.x >= SETTLED * found.x[-1]].ravel() for found in shown])
     edge = 0.05 * (values.max() - values.min()) or 0.01
     drawn.update_yaxes(range=[float(values.min() - edge), float(values.max() + edge)])
-    if kind == "difference":
-        drawn.update_yaxes(zeroline=True, zerolinecolor="var(--line)")
     return drawn

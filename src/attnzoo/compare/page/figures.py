@@ -14,8 +14,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-COLOURS = 10  # of arms, beside the baseline's: as many as assets/colours.css has
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "cross", "hexagon", "pentagon", "x")
+COLOURS = 8  # of arms, beside the baseline's: as many as assets/colours.css has
+SYMBOLS = (
+    *("circle", "square", "diamond", "triangle-up", "triangle-down", "star"),
+    *("cross", "hexagon", "pentagon", "x", "bowtie"),
+)
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif'
 
 
@@ -53,8 +56,9 @@ class Plot:
     Args:
         id: unique in the page. title, caption: plain text. choices: what a reader may switch, name -> labels.
         figures: labels of the choices in their order -> figure; a plot without choices has the key ``()``.
-        width: least width in pixels per plot; a narrower page scrolls it inside its own box.
-        height: in pixels.
+        height: in pixels, without the legend. width: the least in pixels; a narrower page scrolls the plot
+            inside its own box.
+        narrow, narrow_height, narrow_width: another figure for a phone, where the plot has no choices.
     """
 
     id: str
@@ -62,20 +66,33 @@ class Plot:
     caption: str
     figures: dict[tuple[str, ...], go.Figure]
     choices: dict[str, Sequence[str]] = field(default_factory=dict)
-    width: int = 0
     height: int = 420
+    width: int = 0
+    narrow: go.Figure | None = None
+    narrow_height: int = 0
+    narrow_width: int = 0
+
+    @property
+    def entries(self) -> int:
+        """Most entries of the legend: it takes height from the plot where the page is narrow."""
+        return max(_entries(figure) for figure in self.figures.values())
 
     def data(self) -> dict[str, Any]:
         """Figures by the choices' labels joined by ``|``, as plain JSON values."""
-        return {"|".join(key): figure_json(figure) for key, figure in self.figures.items()}
+        named = {"|".join(key): figure for key, figure in self.figures.items()}
+        if self.narrow is not None:
+            named["narrow"] = self.narrow
+        return {name: _rounded(json.loads(figure.to_json())) for name, figure in named.items()}
 
 
-def figure_json(figure: go.Figure) -> dict[str, Any]:
-    """Data and layout of a figure, floats cut to six digits: no plot shows more."""
-    return _rounded(json.loads(figure.to_json()))
+def _entries(figure: go.Figure) -> int:
+    if figure.layout.showlegend is False:
+        return 0
+    return sum(trace.showlegend is not False for trace in figure.data)
 
 
 def _rounded(value: Any) -> Any:
+    """Floats cut to six digits: no plot shows more."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, list):
@@ -92,23 +109,39 @@ def figure(x: str, y: str, **layout: Any) -> go.Figure:
         x, y: titles of the axes. layout: more of plotly's layout, laid over the style key by key.
     """
     axis = {
-        "gridcolor": "var(--grid)", "linecolor": "var(--line)", "zeroline": False, "automargin": True,
-        "tickfont": {"size": 12}, "title": {"standoff": 10, "font": {"size": 13}}, "nticks": 7,
-    }  # fmt: skip
+        "gridcolor": "var(--grid)",
+        "linecolor": "var(--line)",
+        "zeroline": False,
+        "automargin": True,
+        "tickfont": {"size": 12},
+        "title": {"standoff": 10, "font": {"size": 13}},
+        "nticks": 7,
+    }
     drawn = go.Figure(
         layout={
             "template": go.layout.Template(),
-            "paper_bgcolor": "rgba(0,0,0,0)",
+            "paper_bgcolor": "var(--ground)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": FONT, "size": 13, "color": "var(--ink-soft)"},
             "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
-            "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0,
-                       "yanchor": "bottom", "font": {"size": 13}},
-            "hoverlabel": {"bgcolor": "var(--raised)", "bordercolor": "var(--line)",
-                           "font": {"color": "var(--ink)", "size": 13}},
+            "legend": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+                "font": {"size": 13},
+            },
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "var(--ink-soft)", "activecolor": "var(--ink)"},
+            "hoverlabel": {
+                "bgcolor": "var(--raised)",
+                "bordercolor": "var(--line)",
+                "font": {"color": "var(--ink)", "size": 13},
+            },
             "xaxis": axis | {"title": axis["title"] | {"text": x}},
             "yaxis": axis | {"title": axis["title"] | {"text": y}},
         }
-    )  # fmt: skip
+    )
     drawn.update_layout(**layout)
     return drawn

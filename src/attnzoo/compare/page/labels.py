@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 
-SIDES = ("top center", "bottom center", "middle right", "middle left",
-         "top right", "bottom right", "top left", "bottom left")  # fmt: skip
-PANEL = (300, 230)  # pixels of a plot's inner area at its narrowest
-LETTER, LINE, GAP = 6.6, 15, 9  # pixels: width of a letter, height of a line, half a marker and a little air
+SIDES = (
+    "middle right",
+    "middle left",
+    "top center",
+    "bottom center",
+    "top right",
+    "bottom right",
+    "top left",
+    "bottom left",
+)
+PANEL = (260, 240)  # pixels of a plot's inner area at its narrowest
+LETTER, LINE, GAP = 7.2, 15, 9  # pixels: width of a letter, height of a line, half a marker and a little air
 
+Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
-def place(points: Mapping[str, tuple[float, float]], names: Mapping[str, str], logarithmic: bool) -> dict[str, str]:
+def place(
+    points: Mapping[str, Point],
+    names: Mapping[str, str],
+    obstacles: Sequence[Box],
+    logarithmic: bool,
+    xs: Point,
+    ys: Point,
+) -> dict[str, str]:
     """The side of its point on which each name is written, as plotly's ``textposition``.
 
-    Names are placed one by one, from the left; each takes the side that overlaps least with the points, with
-    the names that stand already and with what lies outside the panel.
+    Names are placed one by one, from the left; each takes the side that overlaps least with the points, the
+    obstacles, the names that stand already and what lies outside the panel.
 
     Args:
-        points: label -> (x, y). names: label -> the text. logarithmic: whether the x axis is.
+        points: label -> (x, y). names: label -> the text. obstacles: lines to keep clear of.
+        logarithmic: whether the x axis is. xs, ys: ranges of the axes.
     """
-    pixels = _pixels(points, logarithmic)
+
+    def across(x: float) -> float:
+        left, right, at = (log(v) if logarithmic else v for v in (*xs, x))
+        return (at - left) / (right - left) * PANEL[0]
+
+    def up(y: float) -> float:
+        return (y - ys[0]) / (ys[1] - ys[0]) * PANEL[1]
+
+    pixels = {label: (across(x), up(y)) for label, (x, y) in points.items()}
     taken: list[Box] = [(x - 6, y - 6, x + 6, y + 6) for x, y in pixels.values()]
+    for left, low, right, high in obstacles:
+        taken.append((across(left) - 1, up(low) - 1, across(right) + 1, up(high) + 1))
     sides = {}
     for label in sorted(points, key=lambda key: pixels[key]):
         boxes = {side: _box(pixels[label], side, LETTER * len(names[label])) for side in SIDES}
-        best = min(SIDES, key=lambda side: _cost(boxes[side], taken))
-        sides[label] = best
-        taken.append(boxes[best])
+        sides[label] = min(SIDES, key=lambda side: _covered(boxes[side], taken))
+        taken.append(boxes[sides[label]])
     return sides
 
 
-def _pixels(points: Mapping[str, tuple[float, float]], logarithmic: bool) -> dict[str, tuple[float, float]]:
-    """Points in pixels of a narrow panel with the margins that the axes have."""
-    xs = {key: log(x) if logarithmic else x for key, (x, _) in points.items()}
-    ys = {key: y for key, (_, y) in points.items()}
-    (left, right), (low, high) = ((min(v.values()), max(v.values())) for v in (xs, ys))
-    across, up = (right - left) * 1.44 or 1.0, (high - low) * 1.32 or 1.0
-    return {
-        key: (((xs[key] - left) / across + 0.15) * PANEL[0], ((ys[key] - low) / up + 0.12) * PANEL[1]) for key in points
-    }
-
-
-def _box(point: tuple[float, float], side: str, width: float) -> Box:
+def _box(point: Point, side: str, width: float) -> Box:
     vertical, horizontal = side.split()
     x = point[0] + {"center": -width / 2, "right": GAP, "left": -GAP - width}[horizontal]
     y = point[1] + {"top": GAP, "middle": -LINE / 2, "bottom": -GAP - LINE}[vertical]
     return x, y, x + width, y + LINE
 
 
-def _cost(box: Box, taken: list[Box]) -> float:
-    """Area that is covered twice, and what sticks out of the panel counted double."""
-    overlap = sum(
-        max(0.0, min(box[2], other[2]) - max(box[0], other[0])) * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
-        for other in taken
-    )
+def _covered(box: Box, taken: list[Box]) -> float:
+    """Area that is covered twice; what sticks out of the panel counts double."""
+    wide = (max(0.0, min(box[2], other[2]) - max(box[0], other[0])) for other in taken)
+    high = (max(0.0, min(box[3], other[3]) - max(box[1], other[1])) for other in taken)
     outside = max(0.0, -box[0]) + max(0.0, box[2] - PANEL[0])
-    return overlap + 2 * LINE * outside
+    return sum(w * h for w, h in zip(wide, high, strict=True)) + 2 * LINE * outside

@@ -1,42 +1,46 @@
-"""Quality against what it costs: one panel per cost, the frontier drawn, what lies behind it faded."""
+"""Quality against what it costs: one panel per cost, with the frontier and what lies behind it shaded."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+from math import log10
 from typing import Any
 
 import plotly.graph_objects as go
 
 from .figures import Plot, Style, figure
 from .labels import place
-from .numbers import byte_ticks, quantity
+from .numbers import byte_ticks, quantity, unit_of
 
 # cost -> the metrics that can stand for it, the first that was measured
 COSTS = {
     "FLOPs": ("train_flops",),
     "cache": ("cache_bytes",),
-    "time": ("seconds", "train_seconds", "tokens_per_second", "decode_ms"),
+    "time": ("seconds", "tokens_per_second", "decode_ms"),
 }
+AXIS_UNITS = {"s": " in seconds", "ms/token": " in ms per token", "tokens/s": " in tokens per second"}
+
+Point = tuple[float, float]
 
 
 def pareto_plots(setting: dict[str, Any], look: dict[str, Style], quality: str, prefix: str) -> list[Plot]:
-    """A plot for every cost that was measured for at least two arms and differs between them."""
+    """A plot for every cost that was measured and is not the same for all arms."""
     metrics = {metric["key"]: metric for metric in setting["metrics"]}
-    means = {(r["arm"], r["metric"]): r["mean"] for r in setting["results"] if r["mean"] is not None}
+    found = {(r["arm"], r["metric"]): r for r in setting["results"] if r["mean"] is not None}
     plots = []
     for cost, keys in COSTS.items():
         key = next((key for key in keys if key in metrics), None)
-        if key is None or quality not in metrics:
-            continue
-        points = {arm: (means[arm, key], means[arm, quality]) for arm in setting["arms"]
-                  if (arm, key) in means and (arm, quality) in means}  # fmt: skip
+        both = [arm for arm in setting["arms"] if (arm, key) in found and (arm, quality) in found]
+        points = {arm: (found[arm, key]["mean"], found[arm, quality]["mean"]) for arm in both}
         if len({x for x, _ in points.values()}) > 1:
-            drawn = _draw(points, look, metrics[key], metrics[quality], _spread(setting, quality))
-            plots.append(Plot(f"{prefix}-{cost.lower()}", f"Against {metrics[key]['title']}", "", {(): drawn}, height=340))
+            spread = {arm: _ends(found[arm, quality]) for arm in both}
+            drawn = _draw(points, look, metrics[key], metrics[quality], spread)
+            plots.append(Plot(f"{prefix}-{cost.lower()}", f"Against {cost}", "", {(): drawn}, height=340))
     return plots
 
 
-def frontier(points: dict[str, tuple[float, float]], x_better: str, y_better: str) -> list[str]:
-    """Arms that no other arm beats in one respect without losing in the other, by rising cost."""
+def frontier(points: dict[str, Point], x_better: str, y_better: str) -> list[str]:
+    """Arms that no other arm beats in one respect without losing in the other, the cheapest first."""
     sign_x, sign_y = (1 if better == "lower" else -1 for better in (x_better, y_better))
     costs = {arm: (sign_x * x, sign_y * y) for arm, (x, y) in points.items()}
 
@@ -47,58 +51,122 @@ def frontier(points: dict[str, tuple[float, float]], x_better: str, y_better: st
     return sorted((arm for arm in points if not beaten(arm)), key=lambda arm: costs[arm])
 
 
-def _spread(setting: dict[str, Any], quality: str) -> dict[str, tuple[float, float]]:
-    """Lowest and highest seed of every arm."""
-    found = {r["arm"]: list(r["values"].values()) for r in setting["results"] if r["metric"] == quality}
-    return {arm: (min(values), max(values)) for arm, values in found.items() if values}
+def _ends(result: dict[str, Any]) -> Point:
+    """Lowest and highest seed."""
+    values = list(result["values"].values()) or [result["mean"]]
+    return min(values), max(values)
 
 
-def _draw(points: dict[str, tuple[float, float]], look: dict[str, Style], cost: dict[str, Any],
-          quality: dict[str, Any], spread: dict[str, tuple[float, float]]) -> go.Figure:  # fmt: skip
+def _draw(
+    points: dict[str, Point],
+    look: dict[str, Style],
+    cost: dict[str, Any],
+    quality: dict[str, Any],
+    spread: dict[str, Point],
+) -> go.Figure:
+    title = cost["title"] + AXIS_UNITS.get(cost["unit"], "")
+    drawn = figure(title, quality["title"], hovermode="closest", showlegend=False)
+    logarithmic, xs, ys = _axes(drawn, points, spread, cost)
     front = frontier(points, cost["better"], quality["better"])
-    xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
-    wide = min(xs) > 0 and max(xs) / min(xs) > 4
-    unit = f" ({cost['unit']})" if cost["unit"] and cost["unit"] != "bytes" else ""
-    drawn = figure(cost["title"] + unit, quality["title"], hovermode="closest", showlegend=False)
-    drawn.add_trace(
-        go.Scatter(
-            x=[points[arm][0] for arm in front], y=[points[arm][1] for arm in front], mode="lines", meta="frontier",
-            line={"color": "var(--frontier)", "width": 6, "shape": "hv" if cost["better"] == "lower" else "vh"},
-            hoverinfo="skip", name="frontier", opacity=0.5,
-        )
-    )  # fmt: skip
-    sides = place(points, {arm: look[arm].name for arm in points}, wide)
-    for arm, (x, y) in points.items():
-        low, high = spread.get(arm, (y, y))
-        text = f"<b>{look[arm].name}</b><br>{quality['title']} {quantity(y, quality['unit'])}" + (
-            f"<br>{cost['title']} {quantity(x, cost['unit'])}" + ("<br>on the frontier" if arm in front else "")
-        )
-        drawn.add_trace(
-            go.Scatter(
-                x=[x], y=[y], mode="markers+text", name=look[arm].name, text=[look[arm].name], meta="point",
-                textposition=sides[arm], textfont={"size": 12, "color": "var(--ink)"}, cliponaxis=False,
-                marker={"color": look[arm].colour, "symbol": look[arm].symbol, "size": 11,
-                        "opacity": 1 if arm in front else 0.55, "line": {"width": 2 if "open" in look[arm].symbol else 0}},
-                error_y={"type": "data", "array": [high - y], "arrayminus": [y - low], "thickness": 1.2, "width": 0,
-                         "color": look[arm].colour},
-                hovertemplate=text + "<extra></extra>",
-            )
-        )  # fmt: skip
-    _axes(drawn, xs, ys, spread, wide, cost)
+    corners = _corners([points[arm] for arm in front], cost, quality, xs, ys)
+    drawn.add_traces(_steps(corners))
+    lines = [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
+    lines += [(points[arm][0], low, points[arm][0], high) for arm, (low, high) in spread.items()]
+    names = {arm: look[arm].name for arm in points}
+    sides = place(points, names, lines, logarithmic, xs, ys)
+    for arm, point in points.items():
+        drawn.add_trace(_marker(look[arm], point, spread[arm], cost, quality, arm in front, sides[arm]))
     return drawn
 
 
-def _axes(drawn: go.Figure, xs: list[float], ys: list[float], spread: dict, wide: bool, cost: dict[str, Any]) -> None:
-    """Room around the points for their names."""
-    from math import log10
-
-    lows, highs = [*ys, *(low for low, _ in spread.values())], [*ys, *(high for _, high in spread.values())]
-    room = 0.16 * (max(highs) - min(lows)) or 0.01
-    drawn.update_yaxes(range=[min(lows) - room, max(highs) + room], nticks=6)
-    left, right = (log10(min(xs)), log10(max(xs))) if wide else (min(xs), max(xs))
-    side = 0.22 * (right - left)
-    drawn.update_xaxes(type="log" if wide else "linear", range=[left - side, right + side], tickformat="~s", nticks=5)
+def _axes(drawn: go.Figure, points: dict[str, Point], spread: dict[str, Point], cost: dict[str, Any]):
+    """Ranges with room around the points for their names: (whether x is logarithmic, x range, y range)."""
+    costs = [x for x, _ in points.values()]
+    low, high = min(low for low, _ in spread.values()), max(high for _, high in spread.values())
+    room = 0.16 * (high - low) or 0.01
+    logarithmic = min(costs) > 0 and max(costs) / min(costs) > 4
+    left, right = (log10(min(costs)), log10(max(costs))) if logarithmic else (min(costs), max(costs))
+    side = 0.2 * (right - left)
+    shown = [left - side, right + side]
+    drawn.update_yaxes(range=[low - room, high + room], nticks=6)
+    drawn.update_xaxes(type="log" if logarithmic else "linear", range=shown, tickformat="~s", nticks=5)
+    xs = tuple(10**end if logarithmic else end for end in shown)
     if cost["unit"] == "bytes":
-        span = (10 ** (left - side), 10 ** (right + side)) if wide else (left - side, right + side)
-        ticks, texts = byte_ticks(*span, most=4)
+        ticks, texts = byte_ticks(*xs, most=4)
         drawn.update_xaxes(tickvals=ticks, ticktext=texts)
+    return logarithmic, xs, (low - room, high + room)
+
+
+def _corners(
+    front: list[Point], cost: dict[str, Any], quality: dict[str, Any], xs: Point, ys: Point
+) -> list[Point]:
+    """The frontier as steps, out to the ends of the axes behind which the other arms lie."""
+    corners = [(front[0][0], ys[1] if quality["better"] == "lower" else ys[0])]
+    for x, y in front:
+        corners += [(x, corners[-1][1]), (x, y)]
+    return [*corners, (xs[1] if cost["better"] == "lower" else xs[0], front[-1][1])]
+
+
+def _steps(corners: list[Point]) -> list[go.Scatter]:
+    """What lies behind the frontier, shaded, and the frontier itself."""
+    behind = [*corners, (corners[-1][0], corners[0][1])]
+    common = {"mode": "lines", "hoverinfo": "skip", "name": "frontier", "meta": "frontier"}
+    return [
+        go.Scatter(
+            x=[x for x, _ in behind],
+            y=[y for _, y in behind],
+            fill="toself",
+            fillcolor="var(--raised)",
+            line={"width": 0},
+            **common,
+        ),
+        go.Scatter(
+            x=[x for x, _ in corners],
+            y=[y for _, y in corners],
+            line={"color": "var(--frontier)", "width": 2},
+            **common,
+        ),
+    ]
+
+
+def _marker(
+    style: Style,
+    point: Point,
+    ends: Point,
+    cost: dict[str, Any],
+    quality: dict[str, Any],
+    on_frontier: bool,
+    side: str,
+) -> go.Scatter:
+    lines = [
+        f"<b>{style.name}</b>",
+        f"{quality['title']}: {quantity(point[1], unit_of(quality))}",
+        f"{cost['title']}: {quantity(point[0], unit_of(cost))}",
+        *(["on the frontier"] if on_frontier else []),
+    ]
+    return go.Scatter(
+        x=[point[0]],
+        y=[point[1]],
+        mode="markers+text",
+        name=style.name,
+        meta="point",
+        text=[style.name],
+        textposition=side,
+        textfont={"size": 12, "color": "var(--ink)"},
+        cliponaxis=False,
+        marker={
+            "color": style.colour,
+            "symbol": style.symbol,
+            "size": 11,
+            "line": {"width": 2 if style.symbol.endswith("open") else 0},
+        },
+        error_y={
+            "type": "data",
+            "array": [ends[1] - point[1]],
+            "arrayminus": [point[1] - ends[0]],
+            "thickness": 1.5,
+            "width": 0,
+            "color": style.colour,
+        },
+        hovertemplate="<br>".join(lines) + "<extra></extra>",
+    )

@@ -9,14 +9,22 @@ from typing import Any
 from .facts import BUDGETS
 from .numbers import quantity
 
-UNITS = {"val_bpb": "bits/byte", "val_loss": "nats/token", "train_loss": "nats/token", "val_accuracy": "share",
-         "peak_memory_bytes": "bytes", "state_bytes": "bytes", "cache_bytes_per_token": "bytes",
-         "seconds": "s"}  # fmt: skip
+UNITS = {
+    "val_bpb": "bits/byte",
+    "val_loss": "nats/token",
+    "train_loss": "nats/token",
+    "val_accuracy": "share",
+    "peak_memory_bytes": "bytes",
+    "state_bytes": "bytes",
+    "cache_bytes_per_token": "bytes",
+    "seconds": "s",
+}
+QUALITY = ("val_bpb", "val_accuracy", "val_loss")  # the first that a run has stands in its headline
 ARXIV = re.compile(r"\d{4}\.\d{4,5}(v\d+)?|[a-z-]+(\.[A-Z]{2})?/\d{7}")
 
 
 def arm_records(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every arm: what it is, what differs from the baseline, what was solved, how its learning rate was found."""
+    """Every arm: what it is, what differs from the baseline, what was solved, how its rate was found."""
     return [
         {
             "label": arm["label"],
@@ -59,11 +67,17 @@ def _matched(matched: dict[str, Any] | None) -> str:
 def _tuned(tune: dict[str, Any] | None) -> dict[str, Any] | None:
     if not tune:
         return None
-    cost = [f"{quantity(tune[key])} {name}" for key, name in (("tokens", "tokens"), ("flops", "FLOPs")) if tune.get(key)]
+    cost = [
+        f"{quantity(tune[key])} {name}"
+        for key, name in (("tokens", "tokens"), ("flops", "FLOPs"))
+        if tune.get(key)
+    ]
     if tune.get("seconds"):
         cost.append(quantity(tune["seconds"], "s"))
-    tried = [(str(rate), quantity(loss, "nats/token"), float(rate) == float(tune["lr"]))
-             for rate, loss in (tune["val"] or {}).items()]  # fmt: skip
+    tried = [
+        (str(rate), quantity(loss, "nats/token"), float(rate) == float(tune["lr"]))
+        for rate, loss in (tune["val"] or {}).items()
+    ]
     return {"lr": tune["lr"], "at_edge": tune["at_edge"], "tried": tried, "cost": ", ".join(cost)}
 
 
@@ -72,8 +86,11 @@ def run_records(comparison: dict[str, Any]) -> dict[str, Any] | None:
     if not comparison["runs"]:
         return None
     environments = [flat(run["environment"] or {}) for run in comparison["runs"]]
-    shared = {key: value for key, value in environments[0].items()
-              if all(key in each and each[key] == value for each in environments)}  # fmt: skip
+    shared = {
+        key: value
+        for key, value in environments[0].items()
+        if all(key in each and each[key] == value for each in environments)
+    }
     runs = [
         {
             "folder": run["folder"],
@@ -81,12 +98,24 @@ def run_records(comparison: dict[str, Any]) -> dict[str, Any] | None:
             "setting": run["setting"],
             "seed": run["seed"],
             "status": run["status"],
-            "summary": [(key, _summed(key, value)) for key, value in flat(run["summary"] or {}).items() if value is not None],
+            "quality": next(
+                (
+                    f"{_summed(key, run['summary'][key])} {UNITS[key]}"
+                    for key in QUALITY
+                    if (run["summary"] or {}).get(key) is not None
+                ),
+                "",
+            ),
+            "summary": [
+                (key, _summed(key, value))
+                for key, value in flat(run["summary"] or {}).items()
+                if value is not None
+            ],
             "changes": changes(run["config_diff"] or {}),
             "environment": [(key, _shown(value)) for key, value in environment.items() if key not in shared],
         }
         for run, environment in zip(comparison["runs"], environments, strict=True)
-    ]  # fmt: skip
+    ]
     return {"shared": [(key, _shown(value)) for key, value in shared.items()], "runs": runs}
 
 

@@ -2,11 +2,14 @@
 "use strict";
 const plots = (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
+  const narrow = matchMedia("(max-width: 640px)");
   const touch = matchMedia("(pointer: coarse)").matches;
   const config = {
     responsive: true,
     displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+    // named one by one: the default has one that uploads the figure
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
     toImageButtonOptions: { scale: 2 },
   };
 
@@ -27,7 +30,8 @@ const plots = (() => {
 
   function draw(plot) {
     const canvas = plot.querySelector(".canvas");
-    const key = [...plot.querySelectorAll(".choices button[aria-pressed=true]")].map((button) => button.value).join("|");
+    const chosen = [...plot.querySelectorAll(".choices button[aria-pressed=true]")].map((button) => button.value).join("|");
+    const key = narrow.matches && "narrow" in figures[plot.id] ? "narrow" : chosen;
     const figure = figures[plot.id][key];
     if (!figure || !canvas.offsetWidth) return;
     const { data, layout } = colours(figure);
@@ -50,5 +54,6 @@ const plots = (() => {
   });
 
   theme.follow(drawAll);
+  narrow.addEventListener("change", drawAll);
   return { drawAll };
 })();
