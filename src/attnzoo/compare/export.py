@@ -31,14 +31,12 @@ COLUMNS = (
 
 def write_files(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write comparison.json, comparison.csv and report.html into ``folder``; returns their paths."""
+    from attnzoo.compare.page import write_page  # plotly, which nothing else here needs
+
     folder.mkdir(parents=True, exist_ok=True)
     whole, table, page = (folder / name for name in ("comparison.json", "comparison.csv", "report.html"))
     whole.write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     write_table(comparison, table)
-    try:
-        from attnzoo.compare.page import write_page
-    except ImportError:
-        return [whole, table]
     write_page(dict(comparison), page)
     return [whole, table, page]
 

@@ -149,7 +149,7 @@ def _bootstrap(values: np.ndarray, level: float) -> tuple[float, float, float]:
 
 
 def _holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's adjusted p. That of statsmodels collects garbage at every call: beside torch, a tenth of a second."""
+    """Adjusted p; that of statsmodels collects garbage at each call, a tenth of a second beside torch."""
     order, remaining = np.argsort(p), np.arange(len(p), 0, -1)
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * remaining), 1.0)
