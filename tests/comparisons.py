@@ -189,7 +189,7 @@ def _result(arm: tuple, metric: tuple, seeds: int, number: int) -> dict[str, Any
         verdict = "equal" if difference == 0 else "better" if difference < 0 else "worse"
         return result | {"verdict": verdict}
     if n == 1:
-        return result | {"verdict": "no verdict", "reason": "one seed"}
+        return result | {"verdict": "no verdict", "reason": "a single seed"}
     half = stats.t.ppf(0.975, n - 1) * stdev(paired) / n**0.5
     p = float(stats.ttest_1samp(paired, 0).pvalue)
     found = (difference < 0) == (better == "lower")
@@ -212,13 +212,18 @@ def _setting(name: str, seeds: int, arms: int) -> dict[str, Any]:
         "name": name,
         "conditions": {
             "data": "stdlib",
+            "path": None,
+            "data_fingerprint": "a8b3e7",
             "tokenizer": "bytes",
+            "tokenizer_fingerprint": "0f12c4",
             "seq_len": 512,
             "steps": 600,
             "batch_size": 8,
             "tokens": 2_457_600,
             "precision": "bf16-mixed",
+            "val_samples": 256,
             "device": "cpu",
+            "torch": "2.10.0",
         },
         "arms": [arm[0] for arm in chosen],
         "metrics": [

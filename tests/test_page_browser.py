@@ -57,9 +57,12 @@ def look(browser, width: int, theme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [wish]})
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    # two frames: the page is laid out anew, and what listens to its size and colours has been told
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
 def show(browser, url: str, width: int = 1280, theme: str = "light") -> None:
+    """Opens a page."""
     look(browser, width, theme)
     browser.get_log("browser")
     browser.get(url)
@@ -83,8 +86,6 @@ def test_opens_fits_and_can_be_read(browser, pages, name):
     ask(browser, "document.querySelectorAll('details').forEach(each => each.open = true)")
     for width, theme in product((1280, 390), ("light", "dark")):
         look(browser, width, theme)
-        # two frames: the page is laid out anew, and what listens to its size has been told
-        browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
         where = f"{width} pixels, {theme}"
         assert ask(browser, "document.documentElement.dataset.theme") == theme
         assert ask(browser, "checks.drawn()"), where
@@ -113,7 +114,6 @@ def test_every_plot_is_drawn_and_the_phone_turns_the_profile(browser, pages):
     across = "document.querySelector('#profile .canvas')._fullData[0].x.length"
     assert ask(browser, across) == 13, "tasks"
     look(browser, 390, "light")
-    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
     assert ask(browser, across) == 5, "arms"
     assert ask(browser, "document.querySelector('#profile .canvas').offsetWidth") <= 390
 

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from ..metrics import headline
 from .context import decode_plots, positions_plot
 from .curves import curves_plot
-from .facts import conditions, finding, moment, said_first
+from .facts import conditions, finding, findings, moment, said_first
 from .figures import Plot, Style, styles
 from .pareto import pareto_plots
 from .profile import profile_plot
@@ -64,6 +64,7 @@ def render(comparison: dict[str, Any]) -> str:
     return templates.get_template("page.html").render(
         comparison=comparison,
         look=look,
+        findings=findings(comparison),
         warnings=said_first(comparison),
         settings=settings,
         arms=arm_records(comparison),

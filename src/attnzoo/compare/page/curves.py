@@ -18,6 +18,7 @@ AXES = {
 }
 KINDS = {"validation": ("val_tokens", "val"), "training": ("tokens", "train_loss")}
 SETTLED = 0.1  # of the run: before it the loss falls so far that nothing else could be seen
+FEW = 30  # points that are marked one by one
 BLOCKS = 200  # points of a curve at most; more are averaged
 
 
@@ -106,7 +107,7 @@ def gap(own: Band, base: Band) -> Band | None:
     return Band(x, np.array(y), tuple(seeds))
 
 
-def area(x: list[Any], low: list[float], high: list[float], style: Style, group: str) -> go.Scatter:
+def area(x: list[Any], low: list[float], high: list[float], style: Style) -> go.Scatter:
     """The band between two curves, in the arm's colour, out of the legend and of the hover."""
     return go.Scatter(
         x=[*x, *reversed(x)],
@@ -118,8 +119,8 @@ def area(x: list[Any], low: list[float], high: list[float], style: Style, group:
         mode="lines",
         hoverinfo="skip",
         showlegend=False,
-        legendgroup=group,
-        name=group,
+        legendgroup=style.name,
+        name=style.name,
         meta="band",
     )
 
@@ -138,7 +139,7 @@ def _draw(bands: dict[str, Band], look: dict[str, Style], title: str, axis: str)
     for label, found in bands.items():
         if len(found.seeds) > 1:
             x, low, high = found.x.tolist(), found.y.min(0).tolist(), found.y.max(0).tolist()
-            drawn.add_trace(area(x, low, high, look[label], look[label].name))
+            drawn.add_trace(area(x, low, high, look[label]))
     for label, found in bands.items():
         style, mean = look[label], found.y.mean(0)
         spread = [
@@ -149,7 +150,8 @@ def _draw(bands: dict[str, Band], look: dict[str, Style], title: str, axis: str)
             go.Scatter(
                 x=found.x.tolist(),
                 y=mean.tolist(),
-                mode="lines",
+                mode="lines" if len(mean) > FEW else "lines+markers",
+                marker={"size": 6, "symbol": style.symbol, "color": style.colour},
                 line=style.line,
                 name=style.name,
                 legendgroup=style.name,
@@ -159,8 +161,9 @@ def _draw(bands: dict[str, Band], look: dict[str, Style], title: str, axis: str)
             )
         )
     drawn.update_xaxes(tickformat="~s", unifiedhovertitle={"text": "%{x:.3s} " + unit})
-    shown = [found for found in bands.values() if (found.x >= SETTLED * found.x[-1]).any()]
-    values = np.concatenate([found.y[:, found.x >= SETTLED * found.x[-1]].ravel() for found in shown])
+    values = np.concatenate(
+        [found.y[:, found.x >= SETTLED * found.x[-1]].ravel() for found in bands.values()]
+    )
     edge = 0.05 * (values.max() - values.min()) or 0.01
     drawn.update_yaxes(range=[float(values.min() - edge), float(values.max() + edge)])
     return drawn

@@ -137,7 +137,7 @@ def figure(x: str, y: str, **layout: Any) -> go.Figure:
             "hoverlabel": {
                 "bgcolor": "var(--raised)",
                 "bordercolor": "var(--line)",
-                "font": {"color": "var(--ink)", "size": 13},
+                "font": {"family": FONT, "color": "var(--ink)", "size": 13},
             },
             "xaxis": axis | {"title": axis["title"] | {"text": x}},
             "yaxis": axis | {"title": axis["title"] | {"text": y}},

@@ -23,8 +23,10 @@ def quantity(value: float | None, unit: str = "", signed: bool = False) -> str:
     """
     if value is None or not isfinite(value):
         return MISSING
-    sign = "−" if value < 0 else "+" if signed and value > 0 else ""
-    return sign + _size(abs(value), unit)
+    size = _size(abs(value), unit)
+    if not size.strip("0. %"):  # what rounds to nothing has no direction
+        return size
+    return ("−" if value < 0 else "+" if signed else "") + size
 
 
 def _size(value: float, unit: str) -> str:
@@ -50,7 +52,8 @@ def _duration(seconds: float) -> str:
     if seconds >= 5400:
         return f"{_digits(seconds / 3600)} h"
     if seconds >= 100:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+        whole = round(seconds)
+        return f"{whole // 60} min {whole % 60:02d} s"
     return f"{_digits(seconds)} s" if seconds >= 0.1 or seconds == 0 else f"{_digits(seconds * 1000)} ms"
 
 
@@ -71,6 +74,11 @@ def _digits(value: float) -> str:
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.2f}" if value >= 10 else f"{value:#.3g}"
+
+
+def grouped(value: float) -> str:
+    """A number in full, its thousands apart: 10 652 160."""
+    return f"{value:,}".replace(",", "\u202f")
 
 
 def percent(ratio: float | None) -> str:

@@ -82,7 +82,7 @@ def _writing(across: list[str], down: list[str], mean: list, cells: list, short:
         x=[across[j] for _, j in written],
         y=[down[i] for i, _ in written],
         mode="text",
-        text=[cells[i][j][0] + ("" if short else cells[i][j][1]) for i, j in written],
+        text=[cells[i][j][0] if short else f"<b>{cells[i][j][0]}</b>{cells[i][j][1]}" for i, j in written],
         textfont={"size": 12, "color": [f"var(--heat-ink-{int(mean[i][j] > TURN)})" for i, j in written]},
         hoverinfo="skip",
         meta="numbers",
@@ -101,4 +101,4 @@ def _cell(profile: dict[str, Any], i: int, j: int) -> tuple[str, str, str]:
     count = profile["seeds"][i][j] if profile.get("seeds") else None
     hover = f"{100 * value:.1f} %{f' ({span})' if span else ''}"
     seeds = f", {count} seed{'s' if count > 1 else ''}" if count else ""
-    return f"<b>{100 * value:.0f}</b>", f"<br>{span}" if span else "", hover + seeds
+    return f"{100 * value:.0f}", f"<br>{span}" if span else "", hover + seeds

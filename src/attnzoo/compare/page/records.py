@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .facts import BUDGETS
-from .numbers import quantity
+from .numbers import grouped, quantity
 
 UNITS = {
     "val_bpb": "bits/byte",
@@ -19,7 +19,8 @@ UNITS = {
     "cache_bytes_per_token": "bytes",
     "seconds": "s",
 }
-QUALITY = ("val_bpb", "val_accuracy", "val_loss")  # the first that a run has stands in its headline
+# the first of these that a run has stands in its headline
+NAMES = {"val_bpb": "bits/byte", "val_accuracy": "accuracy", "val_loss": "nats/token"}
 ARXIV = re.compile(r"\d{4}\.\d{4,5}(v\d+)?|[a-z-]+(\.[A-Z]{2})?/\d{7}")
 
 
@@ -61,7 +62,12 @@ def _matched(matched: dict[str, Any] | None) -> str:
     off = f"{100 * matched['deviation']:+.2f} %".replace("-", "−")
     if not matched.get("knob") or matched.get("from") == matched.get("to"):
         return f"{off} off the baseline's {budget}; nothing had to be changed"
-    return f"{matched['knob']} {matched['from']} → {matched['to']}: {off} off the baseline's {budget}"
+    before, after = (_joined(matched[end]) for end in ("from", "to"))
+    return f"{matched['knob']} {before} → {after}: {off} off the baseline's {budget}"
+
+
+def _joined(value: Any) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _tuned(tune: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -75,7 +81,7 @@ def _tuned(tune: dict[str, Any] | None) -> dict[str, Any] | None:
     if tune.get("seconds"):
         cost.append(quantity(tune["seconds"], "s"))
     tried = [
-        (str(rate), quantity(loss, "nats/token"), float(rate) == float(tune["lr"]))
+        (rate, quantity(loss, "nats/token"), tune["lr"] is not None and float(rate) == tune["lr"])
         for rate, loss in (tune["val"] or {}).items()
     ]
     return {"lr": tune["lr"], "at_edge": tune["at_edge"], "tried": tried, "cost": ", ".join(cost)}
@@ -100,8 +106,8 @@ def run_records(comparison: dict[str, Any]) -> dict[str, Any] | None:
             "status": run["status"],
             "quality": next(
                 (
-                    f"{_summed(key, run['summary'][key])} {UNITS[key]}"
-                    for key in QUALITY
+                    f"{_summed(key, run['summary'][key])} {NAMES[key]}"
+                    for key in NAMES
                     if (run["summary"] or {}).get(key) is not None
                 ),
                 "",
@@ -133,4 +139,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _summed(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _shown(value)
+    if isinstance(value, int) and key not in UNITS:
+        return grouped(value)
     return quantity(value, UNITS.get(key, ""))
