@@ -274,7 +274,7 @@ def test_the_correction_is_over_the_arms_of_a_metric(tmp_path: Path) -> None:
     assert crowd["seeds_needed"] > alone["seeds_needed"] > 3
     clear = result(compared(*arms(tmp_path / "c", mha=MHA, mla=[1.9, 1.97, 1.92], **others)), "mla")
     assert clear["p"] < 0.05 <= clear["p_adjusted"]
-    assert clear["verdict"] == "not distinguishable" and "correction" in clear["reason"]
+    assert clear["verdict"] == "not distinguishable" and "corrected" in clear["reason"]
 
 
 def _task(folder: Path, name: str, variant: str, seed: int, accuracy: float, **config: Any) -> Path:

@@ -89,11 +89,13 @@ class Setting:
             return row | {"verdict": "equal", "reason": "the same value in every seed"}
         if found.distinguishable(self.method):
             return row | {"verdict": _side(found.difference, metric)}
-        before = found.p < self.method.alpha
+        lost = (
+            f"p {found.p:.2g} alone, {found.p_adjusted:.2g} corrected" if found.p < self.method.alpha else ""
+        )
         return row | {
             "verdict": "not distinguishable",
             "seeds_needed": found.seeds_needed,
-            "reason": "the correction for several arms takes it away" if before else "",
+            "reason": lost,
         }
 
     def _refusal(self, arm: str, baseline: str, metric: Metric) -> str:

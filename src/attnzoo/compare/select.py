@@ -154,4 +154,4 @@ def _notes(manifest: Manifest) -> tuple[str, ...]:
     if manifest.launcher.get("name") != "local" or jobs == 1:
         return ()
     many = f"up to {jobs}" if jobs else "as many as it holds"
-    return (f"Runs shared the machine ({many} at a time): times depend on what ran beside.",)
+    return (f"Runs shared the machine, {many} at a time: times depend on what ran beside.",)
