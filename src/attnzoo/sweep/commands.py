@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from attnzoo.cli import INTERRUPTED, RUN_ERROR
 from attnzoo.sweep.display import Display, print_matched, print_table
-from attnzoo.sweep.manifest import FILE, ROOT, Cell, Manifest, read_manifest, write_manifest
+from attnzoo.sweep.manifest import FILE, JOBS, ROOT, RUN, Cell, Manifest, read_manifest, write_manifest
 from attnzoo.sweep.pool import Pool
 from attnzoo.sweep.request import read_request
 from attnzoo.sweep.slots import cores_here, gpus_here, ranks_of, share
@@ -34,7 +34,7 @@ from attnzoo.sweep.state import (
     states,
     write_outcome,
 )
-from attnzoo.sweep.tune import untuned, with_chosen
+from attnzoo.sweep.tune import tuned, with_chosen
 from attnzoo.train.folder import write_json
 
 LOCK, OWNER = "sweep.lock", "sweep.json"
@@ -66,8 +66,9 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
     print_matched(manifest.cells)
     try:
         return _run(manifest, request.wait)
-    except ValueError:  # no cell has started, so the name stays free
-        shutil.rmtree(manifest.folder)
+    except ValueError:
+        if not any((manifest.folder / "cells").iterdir()) and not (manifest.folder / JOBS).exists():
+            shutil.rmtree(manifest.folder)  # no cell has started, so the name stays free
         raise
 
 
@@ -178,9 +179,13 @@ def _run_here(manifest: Manifest) -> tuple[Manifest, bool]:
 
 
 def exit_code(manifest: Manifest) -> int:
-    """0 if every cell is done and every search found a rate, else 1."""
-    bad = untuned(manifest) or any(outcome.status != DONE for outcome in states(manifest).values())
-    return RUN_ERROR if bad else 0
+    """0 if every run is done and every search found a rate, else 1; a rate that failed only lost the search."""
+    found = {(t.arm, t.setting) for t in tuned(manifest)}
+    complete = all(
+        outcome.status == DONE if cell.stage == RUN else cell.group in found
+        for cell, outcome in zip(manifest.cells, states(manifest).values(), strict=True)
+    )
+    return 0 if complete else RUN_ERROR
 
 
 def extend(manifest: Manifest) -> Manifest:

@@ -14,6 +14,7 @@ from attnzoo.train.folder import write_json
 
 FORMAT = 1
 FILE = "manifest.json"
+JOBS = "jobs.json"  # of SLURM, by cell id
 ROOT = Path("runs")
 RUN, TUNE = "run", "tune"
 SEED, RATE = "seed", "optim.lr"

@@ -157,9 +157,7 @@ def whole(key: str, text: str, least: int = 1) -> int:
 
 def _reserved(key: str) -> str | None:
     """The way out where a key is the sweep's own to set."""
-    if key.startswith("hydra.") and not key.startswith("hydra.sweeper.params"):
-        return RESERVED["run_dir"]
-    return RESERVED.get(key)
+    return RESERVED["run_dir"] if key.startswith("hydra.") else RESERVED.get(key)
 
 
 def _check_flag(argument: str) -> None:

@@ -21,12 +21,11 @@ from typing import Any
 
 from attnzoo.cli import INTERRUPTED
 from attnzoo.sweep.display import Display
-from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
+from attnzoo.sweep.manifest import JOBS, Cell, Manifest, read_manifest
 from attnzoo.sweep.pool import MODULE, open_log, settle
 from attnzoo.sweep.state import DONE, FAILED, QUEUED, RUNNING, attempts, states
 from attnzoo.train.folder import write_json
 
-JOBS = "jobs.json"
 POLL = 2.0  # seconds between two looks at the queue
 PATIENCE = 60.0  # seconds that a task whose cell was stopped by SLURM waits for what SLURM does next
 KEYS = (

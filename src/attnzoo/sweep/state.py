@@ -73,7 +73,8 @@ def state(manifest: Manifest, cell: Cell, active: Mapping[str, str] | None = Non
     if locked(manifest.lock_file(cell)):
         return Outcome(RUNNING)
     if active and cell.id in active:
-        return Outcome(QUEUED, reason=active[cell.id].lower())
+        word = active[cell.id].lower()
+        return Outcome(RUNNING if word == RUNNING else QUEUED, reason=f"SLURM: {word}")
     if outcome and outcome.status != DONE:
         return outcome
     if manifest.run_folder(cell).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +55,11 @@ def search_cells(
         around = [float(f"{factor * cell.config['optim']['lr']:.3g}") for factor in FACTORS]
         search += [_with_rate(cell, rate, seed, TUNE) for rate in sorted(rates or around)]
     every = sorted({cell.config["optim"]["lr"] for cell in search})
-    return {"lr": every, "seed": seed, "runs": [asdict(cell) for cell in cells]}, search
+    return {
+        "lr": every,
+        "seed": seed,
+        "runs": json.loads(json.dumps([asdict(cell) for cell in cells])),
+    }, search
 
 
 def with_chosen(manifest: Manifest) -> Manifest:
