@@ -174,6 +174,7 @@ TERMS = ", at equal parameters and 3 seeds."
             ("better", "better", "worse", "not distinguishable"),
             f"2 of 4 variants are better than mha {IN}, 1 is worse and 1 is not distinguishable",
         ),
+        (("not distinguishable",) * 3, f"None of 3 variants is distinguishable from mha {IN}"),
         (("worse",), f"gqa num_kv_heads=2 is worse than mha {IN}"),
         (
             ("equal", "not distinguishable"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import pytest
 
 pytest.importorskip("attnzoo.compare.page", reason="plotly is not installed")
 
+from attnzoo.compare.page import HERE
 from attnzoo.compare.page.curves import band, gap
+from attnzoo.compare.page.figures import COLOURS
 from attnzoo.compare.page.labels import SIDES, place
 from attnzoo.compare.page.numbers import byte_ticks, percent, quantity
 from attnzoo.compare.page.pareto import frontier
+from attnzoo.compare.page.profile import TURN
 from attnzoo.compare.page.tables import forest
 
 
@@ -112,3 +116,32 @@ def test_intervals_are_drawn_on_one_scale():
     for mark, result in ((first, results[0]), (second, results[1])):
         assert mark["at"] - mark["zero"] == pytest.approx(result["difference"] * scale, abs=0.2)
         assert mark["high"] - mark["low"] == pytest.approx((result["high"] - result["low"]) * scale, abs=0.2)
+
+
+def luminance(colour: str) -> float:
+    """As WCAG 2 defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: float, b: float) -> float:
+    return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_the_palette_can_be_seen(theme):
+    """Arms stand 3:1 off their ground, and the numbers of the heat map 4.5:1 off every colour it can have."""
+    css = (HERE / "assets" / "colours.css").read_text()
+    pairs = re.findall(r"--([\w-]+): (?:light-dark\((#\w{6}), (#\w{6})\)|(#\w{6}))", css)
+    colours = {name: (light or both, dark or both)[theme] for name, light, dark, both in pairs}
+    arms = [name for name in colours if name.startswith("arm-")]
+    assert len(arms) == COLOURS + 1
+    assert min(contrast(luminance(colours[arm]), luminance(colours["ground"])) for arm in arms) >= 3
+
+    stops = [(0, "heat-0"), (TURN / 2, "heat-1"), (TURN, "heat-2"), (100, "heat-3")]
+    rgb = np.array([[int(colours[name][i : i + 2], 16) for i in (1, 3, 5)] for _, name in stops])
+    for value in range(101):
+        mixed = [round(np.interp(value, [at for at, _ in stops], rgb[:, channel])) for channel in range(3)]
+        ink = luminance(colours[f"heat-ink-{int(value > TURN)}"])
+        assert contrast(luminance("#{:02x}{:02x}{:02x}".format(*mixed)), ink) >= 4.5, value

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
 from ..metrics import headline
@@ -61,6 +62,7 @@ def render(comparison: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["breakable"] = breakable
     return templates.get_template("page.html").render(
         comparison=comparison,
         look=look,
@@ -106,6 +108,11 @@ def _setting(
         "decode": decode,
         "plots": [plot for plot in [*lines, *pareto, *decode] if plot],
     }
+
+
+def breakable(key: str) -> Markup:
+    """A dotted key that may be broken where its parts end."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(key))))
 
 
 def embedded(value: Any) -> Markup:

@@ -61,12 +61,15 @@ def _quality(setting: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _counted(results: list[dict[str, Any]], baseline: str | None, title: str) -> str:
     """`2 of 4 variants are better than mha in bits per byte, 1 is worse and 1 is not distinguishable`."""
+    total = len(results)
+    if total > 1 and all(r["verdict"] == "not distinguishable" for r in results):
+        return f"None of {total} variants is distinguishable from {baseline} in {title}"
     phrases = []
     for verdict, relation in RELATIONS.items():
         count = sum(r["verdict"] == verdict for r in results)
         verb = "is" if count == 1 else "are"
         if count and not phrases:
-            who = f"{count} of {len(results)} variants" if len(results) > 1 else results[0]["arm"]
+            who = f"{count} of {total} variants" if total > 1 else results[0]["arm"]
             phrases.append(f"{who} {verb} {relation} {baseline} in {title}")
         elif count:
             phrases.append(f"{count} {verb} {relation.rsplit(' ', 1)[0]}")

@@ -43,12 +43,9 @@ def arm_records(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def changes(differences: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(key, the baseline's value, own value); where there is one value only, the first is empty."""
-    rows = []
-    for key, value in sorted(differences.items()):
-        pair = isinstance(value, list | tuple) and len(value) == 2
-        rows.append((key, _shown(value[0]) if pair else "", _shown(value[1] if pair else value)))
-    return rows
+    """(key, the baseline's value, own value); what one lacks and the other has as null is none."""
+    shown = [(key, *map(_shown, pair)) for key, pair in sorted(differences.items())]
+    return [row for row in shown if row[1] != row[2]]
 
 
 def _shown(value: Any) -> str:
