@@ -179,7 +179,7 @@ def _run_here(manifest: Manifest) -> tuple[Manifest, bool]:
 
 
 def exit_code(manifest: Manifest) -> int:
-    """0 if every run is done and every search found a rate, else 1; a rate that failed only lost the search."""
+    """0 if every run is done and every search found a rate, else 1; a rate that failed only lost."""
     found = {(t.arm, t.setting) for t in tuned(manifest)}
     complete = all(
         outcome.status == DONE if cell.stage == RUN else cell.group in found

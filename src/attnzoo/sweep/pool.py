@@ -186,8 +186,11 @@ def open_log(manifest: Manifest, cell: Cell) -> Iterator[IO[bytes]]:
 def _environment(slot: Slot, ranks: int) -> dict[str, str]:
     # inside someone's SLURM job, Lightning would take the job's tasks for its ranks
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    threads = max(len(slot.cores) // ranks, 1)
+    if (asked := kept.get("OMP_NUM_THREADS", "")).isdecimal():
+        threads = min(threads, max(int(asked), 1))
     return kept | {
-        "OMP_NUM_THREADS": str(max(len(slot.cores) // ranks, 1)),
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         **({"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)} if slot.gpus else {}),
     }
