@@ -134,7 +134,9 @@ class ValidationSet(Dataset):
         return self.corpus.cut(self.corpus.val, window * self.corpus.seq_len, i)
 
 
-def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int = 0) -> Corpus | SyntheticCorpus:
+def build_data(
+    data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int = 0
+) -> Corpus | SyntheticCorpus:
     """Reads, splits and tokenises a corpus, or opens it from the cache where that has been done.
 
     A synthetic task needs neither: its samples are drawn when asked for, in a vocabulary of its own.

@@ -41,8 +41,8 @@ class Validation:
 
     @torch.no_grad()
     def run(self, model: nn.Module, device: torch.device, autocast: Autocast) -> dict[str, Any]:
-        """What the objective measures: ``val_loss`` in nats per token; of text ``val_bpb`` in bits per byte and
-        ``val_loss_by_position``, of labelled samples ``val_accuracy``. What does not apply is None.
+        """What the objective measures: ``val_loss`` in nats per token; of text ``val_bpb`` in bits per byte
+        and ``val_loss_by_position``, of labelled samples ``val_accuracy``. What does not apply is None.
         """
         was_training, objective = model.training, objective_of(model, self.labelled)
         model.eval()

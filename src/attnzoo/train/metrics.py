@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -55,9 +56,9 @@ def loss_by_position(nll: Tensor, count: Tensor) -> dict[str, list]:
     Shape: ``nll`` and ``count`` are (T,), summed over samples.
     """
     edges = bucket_edges(len(nll))
-    sizes = [after - edge for edge, after in zip(edges, edges[1:], strict=False)]
-    sums = [(a.sum().item(), n.sum().item()) for a, n in zip(nll.split(sizes), count.split(sizes), strict=True)]
-    return {"edges": edges, "loss": [a / n if n else None for a, n in sums]}
+    buckets = [slice(*pair) for pair in pairwise(edges)]
+    sums = [(nll[bucket].sum().item(), count[bucket].sum().item()) for bucket in buckets]
+    return {"edges": edges, "loss": [total / number if number else None for total, number in sums]}
 
 
 @dataclass(frozen=True)

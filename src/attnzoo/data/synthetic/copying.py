@@ -19,7 +19,10 @@ class SelectiveCopying(Task):
     Args:
         items: to copy. symbols: how many kinds of them there are.
 
-    EXAMPLE SelectiveCopying(items=3, symbols=4), 12 tokens
+    Example: sample 0 of seed 0 of SelectiveCopying(items=3, symbols=4) at 12 tokens
+
+        tokens  2 0 0 0 4 0 0 0 4 1 1 1
+        labels  . . . . . . . . . 2 4 4
     """
 
     name = "selective_copying"
@@ -54,11 +57,14 @@ class Compression(Task):
     Args:
         items: length of the text. symbols: how many kinds of them there are.
 
-    EXAMPLE Compression(items=4, symbols=4), 12 tokens
+    Example: sample 0 of seed 0 of Compression(items=4, symbols=4) at 12 tokens
+
+        tokens  1 3 3 1 8 8 8 9 6 4 5 7
+        labels  . . . . . . . . 3 1 3 1
     """
 
     name = "compression"
-    items: int = count(16)
+    items: int = count(12)
     symbols: int = count(16)
 
     @property
@@ -90,7 +96,10 @@ class LengthExtrapolation(Task):
     Args:
         symbols: how many there are.
 
-    EXAMPLE LengthExtrapolation(symbols=6), 12 tokens
+    Example: sample 0 of seed 0 of LengthExtrapolation(symbols=6) at 12 tokens
+
+        tokens  4 0 0 6 4 0 0 7 7 7 7 7
+        labels  . . . 4 0 0 . . . . . .
     """
 
     name = "length_extrapolation"

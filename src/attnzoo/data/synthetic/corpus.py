@@ -32,9 +32,9 @@ class SyntheticConfig:
     """The `data` group of a task: `configs/data/synthetic/*.yaml` says what each key means."""
 
     task: Task
-    seq_len: int = 64
+    seq_len: int = 32
     val_seq_len: int | None = None
-    batch_size: int = 64
+    batch_size: int = 32
     val_samples: int = 512
     num_workers: int = 0
 

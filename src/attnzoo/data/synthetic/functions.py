@@ -20,7 +20,10 @@ class Memorisation(Task):
     Args:
         keys, values: how many of each there are.
 
-    EXAMPLE Memorisation(keys=4, values=4), 12 tokens
+    Example: sample 0 of seed 0 of Memorisation(keys=4, values=4) at 12 tokens
+
+        tokens  1 2 3 0 1 3 2 1 0 0 3 1
+        labels  4 4 4 5 4 4 4 4 5 5 4 4
     """
 
     name = "memorisation"
@@ -58,7 +61,10 @@ class Regression(Task):
     Args:
         dim: coordinates of x. levels: numbers that can be told apart.
 
-    EXAMPLE Regression(dim=1, levels=5), 12 tokens
+    Example: sample 0 of seed 0 of Regression(dim=1, levels=5) at 12 tokens
+
+        tokens  2 7 3 7 4 7 2 7 1 7 2 7
+        labels  . . 7 . 7 . 7 . 7 . 7 .
     """
 
     name = "regression"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..corpus import IGNORED
-from .task import Task, check_at_most, count, nothing_asked, scatter, share
+from .task import Task, check_at_most, count, nothing_asked, scatter
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,17 @@ class MQAR(Task):
         pairs: to remember; a state must hold them all at once. distance: blanks between pairs and questions.
         keys, values: how many of each there are.
 
-    EXAMPLE MQAR(pairs=3, distance=1, keys=4, values=4), 12 tokens
+    Example: sample 0 of seed 0 of MQAR(pairs=3, distance=1, keys=4, values=4) at 12 tokens
+
+        tokens  4 8 2 8 1 5 0 0 4 1 0 2
+        labels  . . . . . . . . 8 5 . 8
     """
 
     name = "mqar"
-    pairs: int = count(16)
+    pairs: int = count(8)
     distance: int = count(0, least=0)
-    keys: int = count(32)
-    values: int = count(32)
+    keys: int = count(16)
+    values: int = count(16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,13 +67,16 @@ class NoisyRecall(Task):
     Args:
         pairs: to remember. keys, values, noise: how many of each there are.
 
-    EXAMPLE NoisyRecall(pairs=2, keys=4, values=4, noise=4), 12 tokens
+    Example: sample 0 of seed 0 of NoisyRecall(pairs=2, keys=4, values=4, noise=4) at 12 tokens
+
+        tokens   1  5  2  6 11  9 10  1  9 10  2 11
+        labels   .  .  .  .  .  .  .  5  .  .  6  .
     """
 
     name = "noisy_recall"
-    pairs: int = count(8)
-    keys: int = count(32)
-    values: int = count(32)
+    pairs: int = count(6)
+    keys: int = count(16)
+    values: int = count(16)
     noise: int = count(16)
 
     def __post_init__(self) -> None:
@@ -111,7 +117,10 @@ class FuzzyRecall(Task):
         pairs: to remember. key_length, value_length: letters of a word.
         key_letters, value_letters: how many of each there are.
 
-    EXAMPLE FuzzyRecall(pairs=2, key_length=2, value_length=2, key_letters=3, value_letters=3), 17 tokens
+    Example: sample 0 of seed 0 of FuzzyRecall(pairs=2, key_letters=3, value_letters=3) at 17 tokens
+
+        tokens  1 1 4 5 1 0 4 4 1 0 4 4 1 1 4 5 6
+        labels  . . . . . . . . . 4 4 . . 4 5 . .
     """
 
     name = "fuzzy_recall"
@@ -154,88 +163,4 @@ class FuzzyRecall(Task):
         asked[self.pairs :, self.key_length - 1 : -1] = told[self.pairs :, self.key_length :]
         labels = nothing_asked(length)
         labels[: told.size] = asked.ravel()
-        return tokens, labels
-
-
-@dataclass(frozen=True)
-class Induction(Task):
-    """Induction: what followed the last time that this symbol stood here?
-
-    The pattern of an induction head, arXiv 2209.11895, [A][B] ... [A] -> [B], asked at every symbol that has
-    occurred before, of a sequence of random symbols. What follows a symbol changes each time, so a memory
-    must overwrite.
-
-    Args:
-        symbols: how many there are, and so how far back a symbol last stood.
-
-    EXAMPLE Induction(symbols=4), 12 tokens
-    """
-
-    name = "induction"
-    symbols: int = count(16, least=2)
-
-    @property
-    def num_symbols(self) -> int:
-        return self.symbols
-
-    @property
-    def least_length(self) -> int:
-        return self.symbols + 1  # with so many, some symbol occurs twice
-
-    def draw(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens, labels = rng.integers(self.symbols, size=length), nothing_asked(length)
-        symbols, after = tokens.tolist(), {}
-        for i, symbol in enumerate(symbols):
-            if i:
-                after[symbols[i - 1]] = symbol
-            if symbol in after:
-                labels[i] = after[symbol]
-        return tokens, labels
-
-
-@dataclass(frozen=True)
-class Needle(Task):
-    """Needle in a haystack: marked pairs hidden among random symbols, asked for at the end.
-
-    A needle is the mark, a key and a value; a question is the question mark and the key, at which the value
-    is asked for. Values are symbols of the haystack, so only the mark tells a needle. Symbols come first,
-    then the keys, the mark and the question mark.
-
-    Args:
-        needles: hidden and asked for. keys, symbols: how many of each there are.
-        depth: where the needles stand, all together, as a share of the haystack; null: anywhere.
-
-    EXAMPLE Needle(needles=1, keys=2, symbols=6), 12 tokens
-    """
-
-    name = "needle"
-    needles: int = count(1)
-    depth: float | None = share(None, null=True)
-    keys: int = count(8)
-    symbols: int = count(32)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_most(self, "needles", "keys")
-
-    @property
-    def num_symbols(self) -> int:
-        return self.symbols + self.keys + 2
-
-    @property
-    def least_length(self) -> int:
-        return 5 * self.needles
-
-    def draw(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
-        number, hay = self.needles, length - 2 * self.needles
-        tokens, labels = rng.integers(self.symbols, size=length), nothing_asked(length)
-        keys = self.symbols + rng.permutation(self.keys)[:number]
-        if self.depth is None:
-            starts = scatter(rng, number, 3, hay)
-        else:
-            starts = round(self.depth * (hay - 3 * number)) + 3 * np.arange(number)
-        tokens[starts], tokens[starts + 1] = self.num_symbols - 2, keys
-        values, order = tokens[starts + 2], rng.permutation(number)
-        tokens[hay::2], tokens[hay + 1 :: 2] = self.num_symbols - 1, keys[order]
-        labels[hay + 1 :: 2] = values[order]
         return tokens, labels

@@ -23,7 +23,10 @@ class Parity(Task):
         k: count the last k bits only; null: all of them.
         every: ask at every token, not at the last one only.
 
-    EXAMPLE Parity(), 12 tokens
+    Example: sample 0 of seed 0 of Parity() at 12 tokens
+
+        tokens  1 0 1 1 0 0 0 0 0 0 0 1
+        labels  3 3 2 3 3 3 3 3 3 3 3 2
     """
 
     name = "parity"
@@ -93,7 +96,10 @@ class S3(StateTracking):
 
     See `StateTracking` for the dials.
 
-    EXAMPLE S3(), 12 tokens
+    Example: sample 0 of seed 0 of S3() at 12 tokens
+
+        tokens  0 0 0 1 1 1 1 0 0 0 0 1
+        labels  4 2 4 5 4 5 4 2 4 2 4 5
     """
 
     name = "s3"
@@ -106,7 +112,10 @@ class S5(StateTracking):
 
     The illusion of state, arXiv 2404.08819. See `StateTracking` for the dials.
 
-    EXAMPLE S5(), 12 tokens
+    Example: sample 0 of seed 0 of S5() at 12 tokens
+
+        tokens   3  0  2  2  1  0  0  1  3  3  0  3
+        labels   5 29 32 29 35 59 35 29 28 29  5  4
     """
 
     name = "s5"

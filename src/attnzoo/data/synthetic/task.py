@@ -54,9 +54,10 @@ class Task(abc.ABC):
     def check_length(self, key: str, length: int) -> None:
         """Raise a ValueError unless ``length``, the value of ``data.<key>``, has room for a sample."""
         if length < self.least_length:
+            dials = ", ".join(self.dials())
             raise ValueError(
-                f"data.{key}: synthetic/{self.name} at these dials needs at least {self.least_length} tokens, "
-                f"got {length}; raise it, or lower one of {', '.join(self.dials())}"
+                f"data.{key}: must be at least {self.least_length} for synthetic/{self.name} at these dials, "
+                f"got {length}; raise it or turn {dials} down"
             )
 
 
