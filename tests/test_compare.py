@@ -104,11 +104,14 @@ def test_a_layout_and_a_composition_are_arms_by_name(tmp_path: Path) -> None:
     hybrid = "gated_deltanet*3,mha"
     folders = [
         run_folder(tmp_path / "a", hybrid, config={"model.layout": hybrid, "attention.name": "mha"}),
+        # a layout leaves the variant's name unread
+        run_folder(tmp_path / "d", hybrid, 2, config={"model.layout": hybrid, "attention.name": "mla"}),
         run_folder(tmp_path / "b", "mla", attention={"add": ["moh"]}),
         run_folder(tmp_path / "c", "mla"),
     ]
     found = compared(*folders, baseline="mla")
     assert labels(found) == ["mla", "gated_deltanet*3,mha", "mla + moh"]
+    assert found["arms"][1]["seeds"] == [1, 2]
     assert {claim["arm"] for claim in found["claims"]} <= {"mla"}  # no paper claims anything of the others
 
 

@@ -11,7 +11,7 @@ import pytest
 import attnzoo
 from attnzoo.compare import comparison
 from attnzoo.compare.comparison import compare
-from attnzoo.compare.select import from_folders
+from attnzoo.compare.select import Selection, from_folders
 from attnzoo.compare.statistics import Method
 from run_folders import run_folder
 
@@ -32,25 +32,27 @@ class Claim:
 
 
 def judged(
-    monkeypatch: pytest.MonkeyPatch, claim: Any, folders: list[Path], baseline: str | None = None
+    monkeypatch: pytest.MonkeyPatch, claim: Any, selection: Selection, baseline: str | None = None
 ) -> list[dict[str, str]]:
     """The verdicts on a claim of mla's card."""
     card = replace(attnzoo.card("mla"), claims=(claim,))
     monkeypatch.setattr(comparison, "card", lambda name: card if name == "mla" else attnzoo.card(name))
     comparison._card.cache_clear()
     try:
-        found = compare(from_folders(folders), Method(), baseline=baseline)
+        found = compare(selection, Method(), baseline=baseline)
     finally:
         comparison._card.cache_clear()
     return [one for one in found["claims"] if one["arm"].startswith("mla")]
 
 
-def runs(folder: Path, mla: list[float], base: str = "mha", **more: Any) -> list[Path]:
-    return [
-        run_folder(folder / f"{name}-{seed}", name, seed, bpb, **(more if name == "mla" else {}))
-        for name, values in ((base, BASE), ("mla", mla))
-        for seed, bpb in enumerate(values, 1)
-    ]
+def runs(folder: Path, mla: list[float], base: str = "mha", **more: Any) -> Selection:
+    return from_folders(
+        [
+            run_folder(folder / f"{name}-{seed}", name, seed, bpb, **(more if name == "mla" else {}))
+            for name, values in ((base, BASE), ("mla", mla))
+            for seed, bpb in enumerate(values, 1)
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: Any,
 
 def test_a_single_seed_tests_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [run_folder(tmp_path / name, name, 1, bpb) for name, bpb in (("mha", 2.0), ("mla", 1.0))]
-    (one,) = judged(monkeypatch, Claim(metric="val_bpb", expect="lower"), folders)
+    (one,) = judged(monkeypatch, Claim(metric="val_bpb", expect="lower"), from_folders(folders))
     assert (one["verdict"], one["reason"]) == ("not tested", "a single seed")
 
 
@@ -123,6 +125,20 @@ def test_it_is_judged_against_the_arm_it_names_whatever_the_baseline(
     for baseline in ("gqa", "mla"):
         (one,) = judged(monkeypatch, claim, folders, baseline)
         assert one["verdict"] == "reproduced" and "gqa" in one["reason"]
+
+
+def test_what_was_matched_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a budget is met says nothing of a paper that promises it."""
+    found = runs(tmp_path, CLEARLY_LOWER)
+    members = [
+        replace(member, matched={"budget": "params"}) if member.arm == "mla" else member
+        for member in found.members
+    ]
+    selection = replace(found, members=members)
+    (one,) = judged(monkeypatch, Claim(metric="params", expect="equal"), selection)
+    assert (one["verdict"], one["reason"]) == ("not tested", "params was matched")
+    (one,) = judged(monkeypatch, Claim(metric="val_bpb", expect="lower"), selection)
+    assert one["verdict"] == "reproduced"
 
 
 def test_a_composition_is_not_the_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +155,13 @@ def test_tasks_are_judged_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for task, arms in accuracies.items() for name, values in arms.items()
         for seed, value in enumerate(values, 1)
     ]  # fmt: skip
-    every = judged(monkeypatch, Claim(metric="accuracy", expect="higher"), folders)
+    selection = from_folders(folders)
+    every = judged(monkeypatch, Claim(metric="accuracy", expect="higher"), selection)
     assert [(one["setting"], one["verdict"]) for one in every] == [
         ("data=synthetic/mqar", "reproduced"),
         ("data=synthetic/parity", "contradicted"),
     ]
-    (one,) = judged(monkeypatch, Claim(metric="accuracy:parity", expect="higher"), folders)
+    (one,) = judged(monkeypatch, Claim(metric="accuracy:parity", expect="higher"), selection)
     assert one["verdict"] == "contradicted"
-    (one,) = judged(monkeypatch, Claim(metric="params", expect="equal"), folders)  # the same in both
+    (one,) = judged(monkeypatch, Claim(metric="params", expect="equal"), selection)  # the same in both
     assert one["verdict"] == "reproduced" and "all 2 settings" in one["reason"]
