@@ -59,8 +59,6 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
     else:
         _slots(manifest, list(manifest.cells))
         corpora(manifest.cells)
-    (manifest.folder / "cells").mkdir(parents=True)
-    (manifest.folder / "logs").mkdir()
     write_manifest(manifest)
     print(f"{manifest.folder}: {len(manifest.cells)} cells", flush=True)
     print_matched(manifest.cells)
@@ -131,7 +129,10 @@ def states_now(manifest: Manifest) -> dict[str, Outcome]:
 
 def overview(folder: Path) -> list[str]:
     """A sweep in one row: name, start, cells, done, failed, and whether a process runs it."""
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ValueError:
+        return [folder.name, "", "", "", "", "its manifest is damaged"]
     statuses = [outcome.status for outcome in states_now(manifest).values()]
     counts = [str(n) for n in (len(statuses), statuses.count(DONE), statuses.count(FAILED))]
     running = "running" if locked(folder / LOCK) or RUNNING in statuses else ""
@@ -139,6 +140,8 @@ def overview(folder: Path) -> list[str]:
 
 
 def _run(manifest: Manifest, wait: bool) -> tuple[Manifest, int]:
+    for name in ("cells", "logs"):
+        (manifest.folder / name).mkdir(exist_ok=True)
     with in_charge(manifest):
         if manifest.launcher["name"] == "slurm":
             from attnzoo.sweep import slurm

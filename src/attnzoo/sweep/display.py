@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from attnzoo.sweep.manifest import TUNE, Cell, Manifest
+from attnzoo.sweep.manifest import Cell, Manifest
 from attnzoo.sweep.state import DONE, FAILED, RUNNING, STATUSES, Outcome, read_summary, states
 from attnzoo.sweep.tune import tuned, untuned
 
@@ -124,8 +124,7 @@ def _tuning(manifest: Manifest) -> Iterable[str]:
         yield f"{where}: learning rate {t.lr:g} of {', '.join(f'{rate:g}' for rate in t.grid)}{edge}"
     for arm, setting in untuned(manifest):
         yield f"{' '.join(filter(None, (arm, setting)))}: no learning rate completed, so it has no runs"
-    if waiting := manifest.tune and not any(cell.stage != TUNE for cell in manifest.cells):
-        assert waiting
+    if manifest.searching:
         yield "the runs proper come when the learning rates are found"
 
 

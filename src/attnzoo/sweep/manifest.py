@@ -93,6 +93,11 @@ class Manifest:
         """Output of the cell's attempts."""
         return self.folder / "logs" / f"{cell.id}.log"
 
+    @property
+    def searching(self) -> bool:
+        """Whether the learning-rate search is all that there is so far."""
+        return all(cell.stage == TUNE for cell in self.cells)
+
     def cell(self, name: str) -> Cell:
         """The cell with this id; KeyError where there is none."""
         return next(cell for cell in self.cells if cell.id == name)

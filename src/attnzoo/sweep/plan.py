@@ -26,7 +26,8 @@ def plan(request: Request) -> Manifest:
     now = datetime.datetime.now().astimezone()
     name = request.name or f"sweep-{now:%Y%m%d-%H%M%S}"
     folder = ROOT / name
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # hidden files are what a sweep that was killed while it wrote its manifest has left
+    if folder.exists() and (not folder.is_dir() or list(folder.glob("[!.]*"))):
         way = f"attnzoo sweep resume {name}, or give" if (folder / FILE).exists() else "give"
         raise ValueError(f"name: {str(folder)!r} exists already; {way} another name")
     cells, rates = expand(request.overrides, tuned=request.tune is not None)

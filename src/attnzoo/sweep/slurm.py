@@ -109,6 +109,8 @@ def run(manifest: Manifest, wait: bool, extend: Callable[[Manifest], Manifest]) 
     submitted = submit(manifest)
     print(f"submitted {submitted} cells; follow them with: attnzoo sweep status {manifest.name}", flush=True)
     if not wait:
+        if manifest.searching:
+            print(f"when they have ended, attnzoo sweep resume {manifest.name} submits the runs proper")
         return manifest, False
     try:
         return _follow(manifest, extend), False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ class Checkpoint(Callback):
                 )
             trainer.strategy.barrier()
         self._saved = step
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM for the moments in which a run that has ended writes what came out of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class GracefulStop(Callback):

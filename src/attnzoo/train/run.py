@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from attnzoo.model import generate
 from attnzoo.train.batches import CounterBatches, train_loader
-from attnzoo.train.callbacks import Checkpoint, GracefulStop
+from attnzoo.train.callbacks import Checkpoint, GracefulStop, deaf
 from attnzoo.train.decode_speed import decode_summary
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.folder import environment, versions, write_json
@@ -61,7 +61,8 @@ def execute(run: Run) -> dict[str, Any]:
         with suppress(OSError):  # of a full disk, too
             _close_folder(run, trainer, module, error=_reason(error))
         raise
-    return _close_folder(run, trainer, module)
+    with deaf():
+        return _close_folder(run, trainer, module)
 
 
 def _reason(error: BaseException) -> str:
