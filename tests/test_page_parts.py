@@ -18,7 +18,7 @@ from attnzoo.compare.page.labels import SIDES, place
 from attnzoo.compare.page.numbers import byte_ticks, percent, quantity
 from attnzoo.compare.page.pareto import frontier
 from attnzoo.compare.page.profile import TURN
-from attnzoo.compare.page.tables import forest
+from attnzoo.compare.page.tables import FOREST, forest
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,8 @@ def test_a_band_is_over_the_seeds_as_far_as_all_have_come():
 
 def test_a_gap_is_paired_by_seed_where_both_are():
     base = band([curve(1, [10, 30], [3.0, 1.0]), curve(2, [10, 30], [4.0, 2.0])], "a", "training", "tokens")
-    own = band([curve(2, [20, 30, 40], [2.5, 1.0, 1.0])], "a", "training", "tokens")
+    own = band([curve(s, [20, 30, 40], loss) for s, loss in ((3, [9.0] * 3), (2, [2.5, 1.0, 1.0]))],
+               "a", "training", "tokens")  # fmt: skip
     found = gap(own, base)
     assert found.seeds == (2,) and found.x.tolist() == [20, 30]
     np.testing.assert_allclose(found.y, [[2.5 - 3.0, 1.0 - 2.0]])
@@ -112,6 +113,7 @@ def test_intervals_are_drawn_on_one_scale():
     ]
     first, second = (cell.mark for cell in forest(results))
     assert first["zero"] == second["zero"]
+    assert all(0 <= mark[end] <= FOREST for mark in (first, second) for end in ("zero", "low", "high"))
     scale = (first["high"] - first["low"]) / 2
     for mark, result in ((first, results[0]), (second, results[1])):
         assert mark["at"] - mark["zero"] == pytest.approx(result["difference"] * scale, abs=0.2)
