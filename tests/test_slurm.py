@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.sweep import slurm
+from attnzoo.sweep import commands, slurm
 from attnzoo.sweep.state import locked, read_outcome
 from runs import train
 from sweeps import manifest, statuses, steps, sweep, tiny, until
@@ -86,18 +86,19 @@ def test_a_requeued_job_goes_on_at_the_next_step(tmp_path: Path) -> None:
     assert sweep(tmp_path, *tiny(tmp_path, *HERE, f"trainer.max_steps={LONG}"))[0] == 0
     (cell,) = manifest(tmp_path).cells
     until(lambda: len(steps(tmp_path, cell)) > 3)
-    assert sweep(tmp_path, "status", "s")[1].count("running") == 2
+    assert commands.states_now(manifest(tmp_path))[cell.id].status == "running"
     subprocess.run(["scancel", "--signal=USR2", jobs(tmp_path)[cell.id]], check=True)
     until(lambda: read_outcome(manifest(tmp_path), cell) is not None)
     assert read_outcome(manifest(tmp_path), cell).status == "stopped"
     stopped = len(steps(tmp_path, cell))
     assert 3 < stopped < LONG
     until(lambda: slurm.active(manifest(tmp_path)).get(cell.id) == "PENDING")
+    assert commands.states_now(manifest(tmp_path))[cell.id].status == "queued"
     assert "0 cells" in sweep(tmp_path, "resume", "s")[1]  # it has a job
     hurry(tmp_path)
-    until(lambda: statuses(tmp_path) == ["done"])
+    until(lambda: read_outcome(manifest(tmp_path), cell).status == "done")
+    assert statuses(tmp_path) == ["done"] and read_outcome(manifest(tmp_path), cell).attempts == 2
     assert steps(tmp_path, cell) == list(range(1, LONG + 1))
-    assert read_outcome(manifest(tmp_path), cell).attempts == 2
 
 
 def test_a_cancelled_sweep_goes_on_when_resumed(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_cancelled_sweep_goes_on_when_resumed(tmp_path: Path) -> None:
     first, second, third = manifest(tmp_path).cells
     until(lambda: statuses(tmp_path)[0] == "done" and len(steps(tmp_path, second)) > 3)
     done = (manifest(tmp_path).run_folder(first) / "summary.json").stat().st_mtime_ns
-    assert sweep(tmp_path, "cancel", "s")[0] == 0
+    commands.cancel(manifest(tmp_path).folder)
     until(lambda: not locked(manifest(tmp_path).lock_file(second)))
     until(lambda: not slurm.active(manifest(tmp_path)))
     assert statuses(tmp_path) == ["done", "stopped", "cancelled"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from attnzoo.sweep import commands
 from attnzoo.sweep.state import locked, read_outcome
 from runs import train
 from sweeps import manifest, start, statuses, steps, sweep, tiny, until
@@ -90,9 +91,9 @@ def test_a_cancelled_sweep_goes_on_when_resumed(tmp_path: Path) -> None:
     until((tmp_path / "runs" / "s" / "manifest.json").exists)
     first = manifest(tmp_path).cells[0]
     until(lambda: len(steps(tmp_path, first)) > 3)
-    code, out = sweep(tmp_path, "resume", "s")
-    assert code == 2 and f"is running (process {process.pid})" in out
-    assert sweep(tmp_path, "cancel", "s")[0] == 0
+    with pytest.raises(ValueError, match=rf"is running \(process {process.pid}\)"):
+        commands.resume(manifest(tmp_path).folder)
+    commands.cancel(manifest(tmp_path).folder)
     assert process.wait() == 130
     assert statuses(tmp_path) == ["stopped", "cancelled"]
     code, out = sweep(tmp_path, "resume", "s")
