@@ -33,8 +33,12 @@ from attnzoo.compare.page.tables import FOREST, forest
 )  # fmt: skip
 def test_numbers_for_people(value, unit, told):
     assert quantity(value, unit) == told
-    if value and told != "–":
+    if value and told != "–" and unit != "share":
         assert quantity(value, unit, signed=True) == f"+{told}" and quantity(-value, unit) == f"−{told}"
+
+
+def test_differences_of_shares_are_percentage_points():
+    assert quantity(0.012, "share", signed=True) == "+1.2 pp"
 
 
 def test_what_rounds_to_nothing_has_no_sign():
@@ -70,6 +74,10 @@ def test_names_avoid_one_another():
     assert place({"a": (5, 5)}, {"a": "name"}, [], False, (0, 10), (0, 10)) == {"a": SIDES[0]}
     both = place({"a": (5, 5), "b": (5.8, 5)}, {"a": "name", "b": "name"}, [], False, (0, 10), (0, 10))
     assert both["a"] != "middle right"
+    crowd = {str(i): (5, 5) for i in range(20)}
+    placed = place(crowd, dict.fromkeys(crowd, "a long name"), [], False, (0, 10), (0, 10))
+    assert list(placed) == [str(i) for i in range(len(placed))], "the foremost keep their names"
+    assert 1 < len(placed) < 10 and len(set(placed.values())) == len(placed)
     at_the_edge = place({"a": (9.9, 5)}, {"a": "name"}, [], False, (0, 10), (0, 10))
     assert at_the_edge == {"a": "middle left"}
 

@@ -18,15 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from ..metrics import headline
-from .context import decode_plots, positions_plot
-from .curves import curves_plot
-from .facts import conditions, finding, findings, moment, said_first
-from .figures import Plot, Style, styles
-from .pareto import pareto_plots
-from .profile import profile_plot
-from .records import arm_records, run_records
-from .tables import claims_table, metrics_table, results_table
+from attnzoo.compare.metrics import headline
+from attnzoo.compare.page.context import decode_plots, positions_plot
+from attnzoo.compare.page.curves import curves_plot
+from attnzoo.compare.page.facts import conditions, finding, findings, moment, said_first
+from attnzoo.compare.page.figures import Plot, Style, styles
+from attnzoo.compare.page.pareto import pareto_plots
+from attnzoo.compare.page.profile import profile_plot
+from attnzoo.compare.page.records import arm_records, run_records
+from attnzoo.compare.page.tables import claims_table, metrics_table, results_table
 
 HERE = Path(__file__).parent
 STYLES = ("colours.css", "page.css", "tables.css", "print.css")

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from .curves import area
-from .figures import Plot, Style, figure
-from .numbers import byte_ticks, grouped, quantity
+from attnzoo.compare.page.curves import area
+from attnzoo.compare.page.figures import Plot, Style, figure
+from attnzoo.compare.page.numbers import byte_ticks, grouped, quantity
 
 
 def positions_plot(
@@ -57,7 +57,7 @@ def _positions(
             drawn.add_trace(area(names, values.min(0).tolist(), values.max(0).tolist(), style))
         lines.append(_line(style, names, values.mean(0).tolist(), hovertemplate="%{y:.4f} nats"))
     drawn.add_traces(lines)
-    drawn.update_xaxes(type="category", showgrid=False, tickmode="auto", nticks=0)
+    drawn.update_xaxes(type="category", showgrid=False, tickmode="auto", nticks=0, autotickangles=[0, -60])
     return drawn
 
 

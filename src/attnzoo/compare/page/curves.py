@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from .figures import Plot, Style, figure
+from attnzoo.compare.page.figures import Plot, Style, figure
 
 # name on the page -> (key of the curve, title of the axis, unit behind a value)
 AXES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from ..metrics import headline
-from .numbers import grouped, quantity
+from attnzoo.compare.metrics import headline
+from attnzoo.compare.page.numbers import grouped, quantity
 
 BUDGETS = {"params": "parameters", "train_flops": "training FLOPs per token", "cache": "cache bytes"}
 TITLES = {"seq_len": "context T", "batch_size": "batch"}

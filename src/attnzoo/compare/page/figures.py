@@ -19,6 +19,7 @@ SYMBOLS = (
     *("circle", "square", "diamond", "triangle-up", "triangle-down", "star"),
     *("cross", "hexagon", "pentagon", "x", "bowtie"),
 )
+DASHES = ("solid", "dot", "dashdot")  # when the colours come round again
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif'
 
 
@@ -44,7 +45,8 @@ def styles(comparison: dict[str, Any]) -> dict[str, Style]:
         if label == comparison["baseline"]:
             found[label] = Style(name, "var(--arm-base)", "circle-open", "dash")
             continue
-        found[label] = Style(name, f"var(--arm-{number % COLOURS + 1})", SYMBOLS[number % len(SYMBOLS)])
+        colour, dash = f"var(--arm-{number % COLOURS + 1})", DASHES[number // COLOURS % len(DASHES)]
+        found[label] = Style(name, colour, SYMBOLS[number % len(SYMBOLS)], dash)
         number += 1
     return found
 

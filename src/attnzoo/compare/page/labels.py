@@ -17,6 +17,7 @@ SIDES = (
 )
 PANEL = (260, 240)  # pixels of a plot's inner area at its narrowest
 LETTER, LINE, GAP = 7.2, 15, 9  # pixels: width of a letter, height of a line, half a marker and a little air
+BEARABLE = 0.08  # share of a name that may be covered
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # left, bottom, right, top
@@ -32,12 +33,13 @@ def place(
 ) -> dict[str, str]:
     """The side of its point on which each name is written, as plotly's ``textposition``.
 
-    Names are placed one by one, from the left; each takes the side that overlaps least with the points, the
-    obstacles, the names that stand already and what lies outside the panel.
+    Names are placed one by one; each takes the side that overlaps least with the points, the obstacles, the
+    names that stand already and what lies outside the panel. A name that would be covered everywhere is left
+    out.
 
     Args:
-        points: label -> (x, y). names: label -> the text. obstacles: lines to keep clear of.
-        logarithmic: whether the x axis is. xs, ys: ranges of the axes.
+        points: label -> (x, y), those first whose names matter most. names: label -> the text.
+        obstacles: lines to keep clear of. logarithmic: whether the x axis is. xs, ys: ranges of the axes.
     """
 
     def across(x: float) -> float:
@@ -52,10 +54,13 @@ def place(
     for left, low, right, high in obstacles:
         taken.append((across(left) - 1, up(low) - 1, across(right) + 1, up(high) + 1))
     sides = {}
-    for label in sorted(points, key=lambda key: pixels[key]):
-        boxes = {side: _box(pixels[label], side, LETTER * len(names[label])) for side in SIDES}
-        sides[label] = min(SIDES, key=lambda side: _covered(boxes[side], taken))
-        taken.append(boxes[sides[label]])
+    for label, point in pixels.items():
+        width = LETTER * len(names[label])
+        boxes = {side: _box(point, side, width) for side in SIDES}
+        side = min(SIDES, key=lambda side: _covered(boxes[side], taken))
+        if _covered(boxes[side], taken) <= BEARABLE * width * LINE:
+            sides[label] = side
+            taken.append(boxes[side])
     return sides
 
 

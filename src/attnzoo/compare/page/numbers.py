@@ -24,7 +24,9 @@ def quantity(value: float | None, unit: str = "", signed: bool = False) -> str:
     if value is None or not isfinite(value):
         return MISSING
     size = _size(abs(value), unit)
-    if not size.strip("0. %"):  # what rounds to nothing has no direction
+    if signed and unit == "share":
+        size = size.replace("%", "pp")  # percentage points: the relative change stands beside it in per cent
+    if not size.strip("0. %p"):  # what rounds to nothing has no direction
         return size
     return ("−" if value < 0 else "+" if signed else "") + size
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .figures import Plot, Style, figure
-from .labels import place
-from .numbers import byte_ticks, quantity, unit_of
+from attnzoo.compare.page.figures import Plot, Style, figure
+from attnzoo.compare.page.labels import place
+from attnzoo.compare.page.numbers import byte_ticks, quantity, unit_of
 
 # cost -> the metrics that can stand for it, the first that was measured
 COSTS = {
@@ -35,7 +35,9 @@ def pareto_plots(setting: dict[str, Any], look: dict[str, Style], quality: str, 
         if len({x for x, _ in points.values()}) > 1:
             spread = {arm: _ends(found[arm, quality]) for arm in both}
             drawn = _draw(points, look, metrics[key], metrics[quality], spread)
-            plots.append(Plot(f"{prefix}-{cost.lower()}", f"Against {cost}", "", {(): drawn}, height=340))
+            legend = sum(trace.showlegend for trace in drawn.data)
+            height = 340 + 20 * legend  # a line each, in a panel that is narrow on every screen
+            plots.append(Plot(f"{prefix}-{cost.lower()}", f"Against {cost}", "", {(): drawn}, height=height))
     return plots
 
 
@@ -65,21 +67,26 @@ def _draw(
     spread: dict[str, Point],
 ) -> go.Figure:
     title = cost["title"] + AXIS_UNITS.get(cost["unit"], "")
-    drawn = figure(title, quality["title"], hovermode="closest", showlegend=False)
+    drawn = figure(title, quality["title"], hovermode="closest", showlegend=True)
     logarithmic, xs, ys = _axes(drawn, points, spread, cost)
+    if unit_of(quality) == "share":
+        drawn.update_yaxes(tickformat=".0%")
     front = frontier(points, cost["better"], quality["better"])
     corners = _corners([points[arm] for arm in front], cost, quality, xs, ys)
     drawn.add_traces(_steps(corners))
     lines = [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
     lines += [(points[arm][0], low, points[arm][0], high) for arm, (low, high) in spread.items()]
     names = {arm: look[arm].name for arm in points}
-    sides = place(points, names, lines, logarithmic, xs, ys)
+    foremost = {arm: points[arm] for arm in [*front, *points]}
+    sides = place(foremost, names, lines, logarithmic, xs, ys)
     for arm, point in points.items():
-        drawn.add_trace(_marker(look[arm], point, spread[arm], cost, quality, arm in front, sides[arm]))
+        drawn.add_trace(_marker(look[arm], point, spread[arm], cost, quality, arm in front, sides.get(arm)))
     return drawn
 
 
-def _axes(drawn: go.Figure, points: dict[str, Point], spread: dict[str, Point], cost: dict[str, Any]):
+def _axes(
+    drawn: go.Figure, points: dict[str, Point], spread: dict[str, Point], cost: dict[str, Any]
+) -> tuple[bool, Point, Point]:
     """Ranges with room around the points for their names: (whether x is logarithmic, x range, y range)."""
     costs = [x for x, _ in points.values()]
     low, high = min(low for low, _ in spread.values()), max(high for _, high in spread.values())
@@ -110,7 +117,13 @@ def _corners(
 def _steps(corners: list[Point]) -> list[go.Scatter]:
     """What lies behind the frontier, shaded, and the frontier itself."""
     behind = [*corners, (corners[-1][0], corners[0][1])]
-    common = {"mode": "lines", "hoverinfo": "skip", "name": "frontier", "meta": "frontier"}
+    common = {
+        "mode": "lines",
+        "hoverinfo": "skip",
+        "name": "frontier",
+        "meta": "frontier",
+        "showlegend": False,
+    }
     return [
         go.Scatter(
             x=[x for x, _ in behind],
@@ -136,8 +149,9 @@ def _marker(
     cost: dict[str, Any],
     quality: dict[str, Any],
     on_frontier: bool,
-    side: str,
+    side: str | None,
 ) -> go.Scatter:
+    """An arm's point; its name stands beside it, or in the legend where there is no room."""
     lines = [
         f"<b>{style.name}</b>",
         f"{quality['title']}: {quantity(point[1], unit_of(quality))}",
@@ -150,8 +164,9 @@ def _marker(
         mode="markers+text",
         name=style.name,
         meta="point",
-        text=[style.name],
-        textposition=side,
+        text=[style.name if side else ""],
+        textposition=side or "top center",
+        showlegend=side is None,
         textfont={"size": 12, "color": "var(--ink)"},
         cliponaxis=False,
         marker={

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .figures import Plot, figure
+from attnzoo.compare.page.figures import Plot, figure
 
 TURN = 60  # per cent: the colour at which the writing changes between dark and light, in both themes
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .facts import BUDGETS
-from .numbers import grouped, quantity
+from attnzoo.compare.page.facts import BUDGETS
+from attnzoo.compare.page.numbers import grouped, quantity
 
 UNITS = {
     "val_bpb": "bits/byte",

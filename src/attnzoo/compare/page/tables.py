@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .numbers import MISSING, percent, quantity, unit_of
+from attnzoo.compare.page.numbers import MISSING, percent, quantity, unit_of
 
 # the order in which verdicts are sorted and offered as filters
 VERDICTS = (
