@@ -110,7 +110,11 @@ def test_the_wheel_holds_the_packages_the_configs_and_nothing_else(wheel: Path) 
     assert any(name.startswith("attnzoo/configs/attention/") for name in expected)
     assert any(name.startswith("attnzoo_kernels/") for name in expected)
     shipped = {name for name in names if ".dist-info/" not in name and not name.endswith("/")}
-    assert shipped == expected | {"attnzoo/py.typed"}
+    page = ROOT / "src" / "attnzoo" / "compare" / "page"
+    data = [path for folder in ("assets", "templates") for path in (page / folder).iterdir()]
+    assert len(data) > 5
+    report = {path.relative_to(ROOT / "src").as_posix() for path in data}
+    assert shipped == expected | report | {"attnzoo/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
