@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import plotly
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+import attnzoo
 from attnzoo.compare.metrics import headline
 from attnzoo.compare.page.context import decode_plots, positions_plot
 from attnzoo.compare.page.curves import curves_plot
@@ -78,7 +79,7 @@ def render(comparison: dict[str, Any]) -> str:
         styles=[_asset(name) for name in STYLES],
         scripts=[_asset(name) for name in SCRIPTS],
         made=moment(comparison["created"]),
-        versions=f"attnzoo {version('attnzoo')}, plotly {version('plotly')}",
+        versions=f"attnzoo {attnzoo.__version__}, plotly {plotly.__version__}",
     )
 
 
