@@ -96,4 +96,6 @@ def test_recomputing_and_compiled_blocks_are_decoded_plainly(tmp_path: Path) -> 
     model = tiny()
     for block in model.blocks:
         block.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    recompute = model.run_block = lambda *_: pytest.fail("recomputing")
     measure(model, [8], 4, nullcontext)
+    assert model.run_block is recompute
