@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.optimize import linprog
 
-from attnzoo.cli.train import config_folder
+from attnzoo.cli.tree import config_folder
 from attnzoo.data import IGNORED, SymbolTokenizer, build_data, load_tokenizer, targets
 from attnzoo.data.synthetic import TASKS, SyntheticCorpus, show
 from attnzoo.data.synthetic.copying import Compression, LengthExtrapolation, SelectiveCopying

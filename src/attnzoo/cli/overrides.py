@@ -26,28 +26,24 @@ def order(arguments: Iterable[str]) -> list[str]:
     return flags + overrides
 
 
-def describe(error: Exception, keys: Iterable[str]) -> str:
+def describe(error: Exception, keys: Iterable[str], nested: Iterable[str] = ()) -> str:
     """Hydra's or OmegaConf's error in one line, with the nearest names.
 
     Args:
         keys: the keys and groups of the default configuration.
+        nested: choices that stand in a folder of their group, as "group/folder/name"; Hydra lists the others.
     """
     text = str(error)
     override = getattr(error, "override", None)
     if match := re.search(r"Could not override '([^']+)'", text):
         return f"{match[1]}: no such key; {nearest(match[1], keys)}"
-    if match := re.search(r"Could not find '(.+)/([^/']+)'", text):
-        group, choice = match[1].strip("/"), match[2]
-        choices = [
-            line.strip()
-            for line in text.partition("Available options in")[2].splitlines()[1:]
-            if line.strip()
-        ]
-        return (
-            f"{group}: no choice {choice!r}; {nearest(choice, choices)}"
-            if choices
-            else f"{group}: no such group"
-        )
+    if match := re.search(r"Could not find '([^']+)'", text):
+        listed = re.search(r"Available options in '([^']+)':((?:\n\t.+)*)", text)
+        if not listed:
+            return f"{match[1].rpartition('/')[0].strip('/')}: no such group"
+        group, choice = listed[1], match[1].strip("/").removeprefix(f"{listed[1]}/")
+        inside = (path.removeprefix(f"{group}/") for path in nested if path.startswith(f"{group}/"))
+        return f"{group}: no choice {choice!r}; {nearest(choice, [*listed[2].split(), *inside])}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values; add -m to run each of them, or write a list as key=[a,b]"
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("See http")]

@@ -46,7 +46,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(describe(error, _known_keys())) from error
+        raise ValueError(describe(error, _known_keys(), _nested_choices())) from error
 
 
 def compose(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
@@ -58,3 +58,8 @@ def _known_keys() -> set[str]:
     with opened():
         tree = OmegaConf.to_container(compose([]), resolve=False)
     return set(flatten(tree))
+
+
+def _nested_choices() -> list[str]:
+    root = config_folder()
+    return [path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/*/*.yaml")]

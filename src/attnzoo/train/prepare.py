@@ -82,6 +82,9 @@ def prepare(config: DictConfig) -> Run:
     steps = trainer.total_steps(data.batch_size * data.seq_len)
     train_flops = objective_of(model, corpus.labelled).train_flops(model, data.seq_len)[1]
     plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops)
+    if getattr(data, "val_seq_len", None):
+        with torch.no_grad():  # layers that look at their data refuse a length now, not when training is over
+            model(torch.zeros(1, data.val_seq_len, dtype=torch.long))
     if checkpoint:
         check_vocabulary(corpus.tokenizer, checkpoint, field)
         load_weights(model, checkpoint, field)
