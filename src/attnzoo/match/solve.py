@@ -1,9 +1,8 @@
 """Search for the size at which a variant meets a budget.
 
 Knobs are tried in an order that changes the architecture least, and the first on which some value lies within
-the tolerance is taken, at its nearest value. Along a knob the cost grows, so a bisection finds the place; a
-window around it makes up for divisors that let the cost jump. Head counts are few and their divisors matter
-most (the number of key heads follows them), so all of them are tried.
+the tolerance is taken, at its nearest value. Along a knob the cost grows, so a bisection finds it; not so
+along the number of heads, which is seldom divisible by the groups that share keys: all of them are tried.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ ORDER = {
     "train_flops": ("mlp_hidden", "dim", "dim+mlp_hidden", "depth", "num_heads"),
     "cache": ("num_heads", "dim", "num_heads+dim", "depth"),
 }
-WINDOW = 4
 # how many values of the coarse knob of a pair are tried
 TRIED = 6
 EMPTY: Mapping[str, Any] = {}
@@ -116,10 +114,10 @@ class _Search:
 
 
 def _bisect(axis: Sequence[Any], trial: Callable[[Any], _Trial | None]) -> list[_Trial | None]:
-    """Trials along an axis of growing cost: around where the target is crossed, or at the near end."""
+    """The trials below and above the target on an axis of growing cost, or the last before its near end."""
 
-    def legal(indices: range) -> int | None:
-        return next((i for i in indices if trial(axis[i])), None)
+    def legal(places: range) -> int | None:
+        return next((i for i in places if trial(axis[i])), None)
 
     low, high = legal(range(len(axis))), legal(range(len(axis) - 1, -1, -1))
     if low is None or high is None:
@@ -132,7 +130,7 @@ def _bisect(axis: Sequence[Any], trial: Callable[[Any], _Trial | None]) -> list[
             low = middle
         else:
             high = middle
-    return [trial(settings) for settings in axis[max(low - WINDOW, 0) : high + WINDOW + 1]]
+    return [trial(axis[low]), trial(axis[high])]
 
 
 def solve(
