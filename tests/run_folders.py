@@ -1,4 +1,4 @@
-"""Run folders as a finished run leaves them, made up: what `compare` reads, with any value."""
+"""Run folders as a finished run leaves them, made up with any value, and what `compare` makes of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from attnzoo.compare.comparison import compare
+from attnzoo.compare.select import from_folders
+from attnzoo.compare.statistics import Method
+
 EDGES = [0, 1, 2, 4, 8, 16, 32]
 LOSSES = [3.0, 2.5, 2.0, 1.8, 1.6, 1.5]
+MHA, MLA = [2.0, 2.02, 1.99], [1.9, 1.93, 1.885]  # bits per byte by seed, clearly apart
 
 
 def run_folder(
@@ -75,3 +80,34 @@ def run_folder(
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content))
+
+
+def task_folder(folder: Path, name: str, variant: str, seed: int, accuracy: float, **config: Any) -> Path:
+    """A run of a synthetic task, with dotted keys of its configuration."""
+    config = {"data.name": f"synthetic/{name}", **config}
+    return run_folder(
+        folder / f"{name}-{variant}-{seed}-{len(config)}", variant, seed, None, val_accuracy=accuracy,
+        config=config, environment={"data_fingerprint": name}, val_loss=1.0 - accuracy,
+    )  # fmt: skip
+
+
+def arms(folder: Path, **values: list[float]) -> list[Path]:
+    """Runs of seeds 1, 2, ... per variant, with these bits per byte."""
+    return [
+        run_folder(folder / f"{name}-{seed}", name, seed, bpb)
+        for name, every in values.items()
+        for seed, bpb in enumerate(every, 1)
+    ]
+
+
+def compared(*folders: Path, method: Method | None = None, **options: Any) -> dict[str, Any]:
+    """The comparison of some folders, which must be JSON."""
+    found = compare(from_folders(folders), method or Method(), **options)
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def result(found: dict[str, Any], arm: str, metric: str = "val_bpb", setting: int = 0) -> dict[str, Any]:
+    """One row of the results."""
+    (row,) = (r for r in found["settings"][setting]["results"] if (r["arm"], r["metric"]) == (arm, metric))
+    return row

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -11,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from attnzoo.cli import main
 from attnzoo.compare.comparison import compare
 from attnzoo.compare.select import from_folders, from_sweep
 from attnzoo.compare.statistics import Method
-from attnzoo.compare.terminal import show, si
 from attnzoo.sweep import commands
 from attnzoo.sweep.manifest import Cell, Manifest, write_manifest
 from attnzoo.sweep.state import Outcome, write_outcome
@@ -223,44 +220,6 @@ def test_one_shot_runs_the_sweep_and_goes_on_with_it(
     assert main(["compare", *arguments]) == 130
     assert not (Path("runs/s") / "comparison.json").exists()  # interrupted: there is nothing to compare yet
     assert main(["compare", *arguments, "--interval", "z"]) == 2 and len(called) == 3
-
-
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_tables_fit_and_are_plain_text_without_a_terminal(width: int) -> None:
-    made = folders()
-    made += [run_folder(Path(f"g{s}"), "gqa", s, 2.0, attention={"num_kv_heads": 1}) for s in (1, 2, 3)]
-    found = compare(from_folders(made), Method())
-    console = Console(width=width, record=True, file=io.StringIO())
-    show(found, console)
-    text = console.export_text()
-    assert max(map(len, text.splitlines())) <= width
-    assert "\x1b" not in text
-    rows = [line for line in text.splitlines() if line.startswith(" mla ")]
-    assert len(rows) == 2 and "better" in rows[0] and "1.9050 ± 0.0229" in rows[0]
-    assert (rows[0].count("[") == 1) == (width == 120)  # on its own line where there is no room
-
-
-def test_many_tasks_are_shown_as_a_profile() -> None:
-    made = [
-        run_folder(Path(f"{task}-{name}-{seed}"), name, seed, None, val_accuracy=accuracy + seed / 100,
-                   config={"data.name": f"synthetic/{task}"}, environment={"data_fingerprint": task})
-        for task in ("mqar", "parity", "s3", "induction") for seed in (1, 2)
-        for name, accuracy in (("mha", 0.9), ("linear", 0.2))
-    ]  # fmt: skip
-    console = Console(width=80, record=True, file=io.StringIO())
-    show(compare(from_folders(made), Method()), console)
-    text = console.export_text()
-    (row,) = (line for line in text.splitlines() if line.lstrip().startswith("mqar"))
-    assert row.split() == ["mqar", "91.5", "21.5-"]
-    assert "Cost" not in text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(999, "999"), (1000, "1k"), (999_600, "1M"), (1_234_567, "1.23M"), (0.5, "0.5"), (2.5e12, "2.5T")],
-)
-def test_numbers_in_three_digits(value: float, text: str) -> None:
-    assert si(value) == text
 
 
 def test_two_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
