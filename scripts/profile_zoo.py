@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--seeds", default="1,2", help="numbers with commas")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "profile")
     parser.add_argument("--csv", type=pathlib.Path, default=CSV)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, each on one core")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a core each")
     options = parser.parse_args()
     tasks = list(TASKS) if options.tasks == "all" else options.tasks.split(",")
     cells = [

@@ -16,6 +16,7 @@ from attnzoo.cli.tree import config_folder
 from attnzoo.data import IGNORED, SymbolTokenizer, build_data, load_tokenizer, targets
 from attnzoo.data.synthetic import TASKS, SyntheticCorpus, show
 from attnzoo.data.synthetic.copying import Compression, LengthExtrapolation, SelectiveCopying
+from attnzoo.data.synthetic.corpus import generator
 from attnzoo.data.synthetic.functions import Memorisation, Regression
 from attnzoo.data.synthetic.lookup import Induction, Needle
 from attnzoo.data.synthetic.recall import MQAR, FuzzyRecall, NoisyRecall
@@ -213,11 +214,12 @@ def test_all_orders_of_five_things_come_up() -> None:
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_docstrings_show_a_real_sample(name: str) -> None:
     kind = TASKS[name]
-    found = re.search(r"Example: sample 0 of seed 0 of (.*) at (\d+) tokens\n\n(.*)\n(.*)\n", kind.__doc__)
-    task = eval(found[1], {kind.__name__: kind})
-    sample = SyntheticCorpus(task, seed=0, seq_len=int(found[2])).sample(0)
+    pattern = r"Example: sample (\d+) of seed 0 of (.*) at (\d+) tokens\n\n(.*)\n(.*)\n"
+    n, made, length, *lines = re.search(pattern, kind.__doc__).groups()
+    task = eval(made, {kind.__name__: kind})
+    sample = SyntheticCorpus(task, seed=0, seq_len=int(length)).sample(int(n))
     text = show(sample["tokens"].numpy(), sample["labels"].numpy())
-    assert [line.strip() for line in found.groups()[2:]] == text.splitlines()
+    assert [line.strip() for line in lines] == text.splitlines()
 
 
 @pytest.mark.parametrize(("task", "length"), CASES, ids=IDS)
@@ -246,6 +248,12 @@ def test_far_counters_are_different_samples() -> None:
     corpus = SyntheticCorpus(MQAR(), seed=1, seq_len=32)
     tokens = {tuple(corpus.sample(n)["tokens"].tolist()) for n in (0, 1, 2**31, 2**33, 2**40, 2**40 + 1)}
     assert len(tokens) == 6
+
+
+def test_the_draws_of_two_samples_do_not_overlap() -> None:
+    key = np.array([1, 2], dtype=np.uint64)
+    draws = [set(generator(key, n).integers(2**62, size=1000).tolist()) for n in range(3)]
+    assert len(set.union(*draws)) == 3000
 
 
 def test_longer_validation() -> None:

@@ -48,10 +48,11 @@ def _train_one(config: DictConfig) -> int:
     if summary["status"] == "stopped":
         print(f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}")
         return INTERRUPTED
+    loss, share, bits = (summary[key] for key in ("val_loss", "val_accuracy", "val_bpb"))
     if run.corpus.labelled:
-        print(f"validation: {summary['val_accuracy']:.1%} correct (loss {summary['val_loss']:.3f} per answer)")
+        print(f"validation: {share:.1%} correct (loss {loss:.3f} per answer)")
     else:
-        print(f"validation: {summary['val_bpb']:.3f} bits per byte (loss {summary['val_loss']:.3f} per token)")
+        print(f"validation: {bits:.3f} bits per byte (loss {loss:.3f} per token)")
         if run.trainer.sample_tokens:
             print(f"sample: {sample(run)}")
     print(f"run folder: {_short(run.folder)}")

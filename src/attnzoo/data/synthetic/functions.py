@@ -61,10 +61,10 @@ class Regression(Task):
     Args:
         dim: coordinates of x. levels: numbers that can be told apart.
 
-    Example: sample 0 of seed 0 of Regression(dim=1, levels=5) at 12 tokens
+    Example: sample 1 of seed 0 of Regression(dim=1, levels=9) at 12 tokens
 
-        tokens  2 7 3 7 4 7 2 7 1 7 2 7
-        labels  . . 7 . 7 . 7 . 7 . 7 .
+        tokens   4 13  8 16  7 15  2 12  8 16  5 14
+        labels   .  . 16  . 15  . 12  . 16  . 14  .
     """
 
     name = "regression"

@@ -45,7 +45,7 @@ class Parity(Task):
         bits, labels = rng.integers(2, size=length), nothing_asked(length)
         ones = bits.cumsum()
         if self.k is not None and self.k < length:
-            ones[self.k :] -= ones[: -self.k].copy()
+            ones[self.k :] -= ones[: -self.k]
         asked = slice(0 if self.every else length - 1, None)
         labels[asked] = 2 + ones[asked] % 2
         return bits, labels
