@@ -1,8 +1,9 @@
 """Comparisons one can believe: runs are read, grouped into arms, and judged pair by pair over their seeds.
 
-runs        a run folder, read        arms         which runs are one arm; labels; what differs
-comparable  what must agree           metrics      the table of metrics, curves
-statistics  paired differences        results      verdict by setting, arm and metric
+runs        a run folder, read        select       named folders, or the cells of a sweep
+arms        which runs are one arm    comparable   what must agree
+metrics     what is compared          statistics   paired differences, corrected
+results     the verdicts              notes        what a reader must know before believing one
 profile     scores over tasks         claims       what the papers promise
 comparison  all of it as one JSON object, which terminal, export and page show
 """
