@@ -26,7 +26,8 @@ from attnzoo.sweep.request import read_request
 from attnzoo.sweep.slots import Slot, ranks_of, share
 from attnzoo.sweep.state import Outcome, locked, read_outcome, state, states, write_outcome
 from attnzoo.sweep.tune import tuned, untuned, with_chosen
-from attnzoo.train.prepare import model_options
+from attnzoo.train.prepare import model_options, prepare
+from runs import compose as configured
 from runs import overrides
 
 
@@ -174,6 +175,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, (out, err)
     assert all(part in err for part in MISTAKES[arguments]), err
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_single_run_is_no_job_of_slurm(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attnzoo sweep launcher=slurm"):
+        prepare(configured(tmp_path, "launcher=slurm"))
 
 
 def test_a_name_that_is_taken_is_refused(planned: Callable[..., Manifest]) -> None:

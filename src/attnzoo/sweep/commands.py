@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from attnzoo.cli import INTERRUPTED, RUN_ERROR
 from attnzoo.sweep.display import Display, print_matched, print_table
 from attnzoo.sweep.manifest import FILE, JOBS, ROOT, RUN, Cell, Manifest, read_manifest, write_manifest
+from attnzoo.sweep.owner import LOCK, in_charge, stop_owner
 from attnzoo.sweep.pool import Pool
 from attnzoo.sweep.request import read_request
-from attnzoo.sweep.slots import cores_here, gpus_here, ranks_of, share
+from attnzoo.sweep.slots import Slot, cores_here, gpus_here, ranks_of, share
 from attnzoo.sweep.state import (
     CANCELLED,
     DONE,
@@ -35,9 +28,6 @@ from attnzoo.sweep.state import (
     write_outcome,
 )
 from attnzoo.sweep.tune import tuned, with_chosen
-from attnzoo.train.folder import write_json
-
-LOCK, OWNER = "sweep.lock", "sweep.json"
 
 
 def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
@@ -73,6 +63,10 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
 def resume(folder: Path, jobs: int | None = None, wait: bool = False) -> tuple[Manifest, int]:
     """Run what is neither done nor failed."""
     manifest = read_manifest(folder)
+    if jobs is not None and manifest.launcher["name"] != "local":
+        raise ValueError(
+            f"jobs: is for launcher=local, got {jobs} for a sweep on {manifest.launcher['name']}"
+        )
     if jobs is not None:
         manifest = replace(manifest, launcher=dict(manifest.launcher) | {"jobs": jobs})
     return _run(manifest, wait)
@@ -96,7 +90,7 @@ def cancel(folder: Path) -> Manifest:
 
         slurm.cancel(manifest)
     else:
-        _stop_owner(manifest)
+        stop_owner(manifest)
     manifest = read_manifest(folder)
     for cell in manifest.cells:
         if state(manifest, cell).status == WAITING:
@@ -205,47 +199,9 @@ def pending(manifest: Manifest) -> list[Cell]:
     return [cell for cell in manifest.cells if found[cell.id].status not in (DONE, FAILED)]
 
 
-def _slots(manifest: Manifest, cells: list[Cell]) -> list:
+def _slots(manifest: Manifest, cells: list[Cell]) -> list[Slot]:
     gpus = gpus_here(cell.config for cell in cells)
     ranks = max((ranks_of(cell.config, len(gpus)) for cell in cells), default=1)
     # a search is followed by other cells, of which there may be more
     count = max(len(cells), len(manifest.tune["runs"])) if manifest.tune else len(cells)
     return share(count, manifest.launcher["jobs"], ranks, cores_here(), gpus)
-
-
-@contextmanager
-def in_charge(manifest: Manifest) -> Iterator[None]:
-    """Be the only process that starts cells of this sweep."""
-    try:
-        lock = FileLock(manifest.folder / LOCK, timeout=0).acquire()
-    except Timeout:
-        raise ValueError(
-            f"sweep: {manifest.name} is running (process {_owner(manifest).get('pid', 'unknown')}); "
-            f"watch it with attnzoo sweep status {manifest.name}, or cancel it"
-        ) from None
-    with lock:
-        write_json(manifest.folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname()})
-        try:
-            yield
-        finally:
-            (manifest.folder / OWNER).unlink(missing_ok=True)
-
-
-def _owner(manifest: Manifest) -> dict:
-    with suppress(OSError, ValueError):
-        return json.loads((manifest.folder / OWNER).read_text())
-    return {}
-
-
-def _stop_owner(manifest: Manifest) -> None:
-    """End the process that runs the sweep, if one does: the lock says so, the file beside it which."""
-    told = None
-    while locked(manifest.folder / LOCK):
-        owner = _owner(manifest)
-        if owner.get("host", socket.gethostname()) != socket.gethostname():
-            raise ValueError(f"sweep: {manifest.name} runs on {owner['host']}; cancel it there")
-        if owner and owner["pid"] != told:
-            told = owner["pid"]
-            with suppress(ProcessLookupError):
-                os.kill(told, signal.SIGTERM)
-        time.sleep(0.2)
