@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from attnzoo.context import Collector, Context
 
 if TYPE_CHECKING:
+    from attnzoo.cards import Claim
     from attnzoo.cost import Cost
     from attnzoo.model import create_model
     from attnzoo.registry import Card, card, create, list_variants, register
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Card",
+    "Claim",
     "Collector",
     "Context",
     "Cost",
@@ -31,6 +33,7 @@ __all__ = [
 # resolved on first use, so that `import attnzoo` costs little beyond torch
 _LAZY = {
     "Card": "registry",
+    "Claim": "cards",
     "card": "registry",
     "create": "registry",
     "list_variants": "registry",

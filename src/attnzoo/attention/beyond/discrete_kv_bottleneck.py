@@ -26,6 +26,7 @@ from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.site import flag
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -163,7 +164,11 @@ class Bottleneck(Stage):
         family="beyond",
         summary="Beside the mixer, features snap to frozen keys of some codebooks and return learned values.",
         cached="as the host: the bottleneck mixes no tokens",
-        claims=("class-incremental CIFAR on a frozen encoder: less forgetting; no claim on language",),
+        claims=(
+            Claim(
+                "less forgetting; no claim on language", where="class-incremental CIFAR on a frozen encoder"
+            ),
+        ),
         small={"num_codebooks": 3, "num_keys": 5, "dim_key": 4},
     ),
     frames=("score", "recurrent", "own"),

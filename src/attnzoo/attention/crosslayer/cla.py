@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from attnzoo.attention.crosslayer.borrow import share_keys
 from attnzoo.attention.draft import Draft
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -27,7 +28,10 @@ from attnzoo.registry import Card, register
         family="crosslayer",
         summary="Every s-th layer makes keys and values; the layers between reuse them.",
         cached="k, v in every s-th layer: 2 G d / s per token on average",
-        claims=("1B and 3B: s = 2 on one key/value head halves the cache at nearly equal perplexity",),
+        claims=(
+            Claim("half the cache", "cache_bytes", "lower", "mha", "1B and 3B, on one key/value head"),
+            Claim("nearly equal perplexity", "val_bpb", "equal", "mha", "1B and 3B, on one key/value head"),
+        ),
         layers=4,
     )
 )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention.crosslayer.provider import Bank, provide
 from attnzoo.attention.draft import Draft
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 Head = tuple[int, int]  # (layer, head)
@@ -174,7 +175,7 @@ class HeadBank:
         family="crosslayer",
         summary="Heads of different layers share their projection blocks, by a table.",
         cached="as the host",
-        claims=("30 % of LLaMA2-7B's heads shared: most of its reasoning ability is kept",),
+        claims=(Claim("most reasoning ability is kept", where="30 % of LLaMA2-7B's heads shared"),),
         small={"share_rate": 0.5},
         layers=3,
     ),

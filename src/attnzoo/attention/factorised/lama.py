@@ -28,6 +28,7 @@ from attnzoo.attention.score import Early, ScoreStage
 from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.running import count, running_sum
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.ops.unit_heads import unit_heads
@@ -113,7 +114,12 @@ def _affinity(dim: int, heads: int, bias: bool) -> nn.Linear:
         summary="Scores of rank one: a number of the context's mean times a number of each token, per head.",
         cached="one number and a value per head and token: H (1 + d_v)",
         adapted="the paper's context is the mean of all tokens; here the mean of the tokens so far",
-        claims=("matches strong pooling baselines on three text classification sets with fewer parameters",),
+        claims=(
+            Claim(
+                "matches strong pooling baselines with fewer parameters",
+                where="three text classification sets",
+            ),
+        ),
     ),
     host={"pos": "none"},
     fixed={

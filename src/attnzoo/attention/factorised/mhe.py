@@ -30,6 +30,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.score import Late
 from attnzoo.attention.site import INIT_STD, flag
 from attnzoo.attention.slots import Slot
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import split_linear
@@ -118,7 +119,14 @@ class SharedHead(Late, Stage):
         family="factorised",
         summary="One query, key and value projection for all heads, which add or multiply a vector each.",
         cached="the shared key and value: 2 d per token",
-        claims=("3 H d parameters more than a single head, against (3 H² - 3 H) d² + 3 H d of mha",),
+        claims=(
+            Claim(
+                "3 H d parameters more than a single head, against (3 H² - 3 H) d² + 3 H d of mha",
+                "params",
+                "lower",
+                "mha",
+            ),
+        ),
     ),
     fixed={"num_kv_heads": "all heads share one key and value projection"},
 )

@@ -27,6 +27,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.score import ScoreStage
 from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.registry import Card, register
@@ -183,7 +184,8 @@ class Compose(ScoreStage):
         summary="Scores and weights are mixed across heads by matrices that query and key tokens generate.",
         cached="k, v and the key side of both compositions: 2 H d + 2 (2 I + 1) H per token",
         claims=(
-            "matches transformers of 1.7-2.0 x the compute; DCPythia-6.9B below Pythia-12B in perplexity",
+            Claim("matches 1.7-2.0 x the compute", "val_bpb", "lower", "mha", "405M to 6.9B"),
+            "DCPythia-6.9B below Pythia-12B in perplexity",
         ),
     ),
     host={"qk_norm": True},

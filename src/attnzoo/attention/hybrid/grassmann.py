@@ -29,6 +29,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.own import Core, Flat
 from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.wedge import wedge
 from attnzoo.registry import Card, register
@@ -119,8 +120,20 @@ class Replace(Stage):
         summary="Planes spanned by a token and a few earlier ones, gated into the stream; no attention.",
         cached="the last max(lags) reduced vectors z: constant in the length",
         claims=(
-            "WikiText-2, 13-18M, L=256: perplexity 261.1 against 235.2 of a transformer (12 layers)",
-            "275.7 against 248.4 (6 layers)",
+            Claim(
+                "perplexity 261.1, transformer 235.2",
+                "val_bpb",
+                "higher",
+                "mha",
+                "WikiText-2, 13-18M, L = 256, 12 layers",
+            ),
+            Claim(
+                "perplexity 275.7, transformer 248.4",
+                "val_bpb",
+                "higher",
+                "mha",
+                "WikiText-2, 13-18M, L = 256, 6 layers",
+            ),
         ),
         small={"rank": 5, "lags": (1, 3, 4), "residual": False},
     ),

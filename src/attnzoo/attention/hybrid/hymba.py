@@ -26,6 +26,7 @@ from attnzoo.attention.hybrid.selective import default_rank, state_space
 from attnzoo.attention.own import Parallel
 from attnzoo.attention.stages.combine import FullNorm
 from attnzoo.attention.stages.project import largest_divisor
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, branch, register
 
 
@@ -84,8 +85,8 @@ def check_groups(groups: Sequence[Sequence[int]], global_layers: Sequence[int], 
         summary="Attention heads and state space heads side by side on one input, normed and averaged.",
         cached="k, v of a window and of the meta tokens, none in layers that borrow; scan state and tail",
         claims=(
-            "1.5B: ahead of public models below 2B, +1.32 % on average over Llama-3.2-3B, whose cache is "
-            "11.67 x as large",
+            Claim("ahead of public models below 2B", where="1.5B"),
+            Claim("+1.32 % on average over Llama-3.2-3B, whose cache is 11.67 x as large", where="1.5B"),
         ),
         small={"window": 5, "num_meta_tokens": 2, "global_layers": (), "state_size": 4},
         layers=3,

@@ -36,6 +36,7 @@ from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Retain, Slot
 from attnzoo.attention.stages.mask import Blocks, band
 from attnzoo.attention.stages.refine import QKNorm
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
 from attnzoo.registry import Card, register
@@ -205,8 +206,9 @@ def _relu2(s: Tensor, visible: Tensor) -> Tensor:
         summary="A damped multi-dimensional moving average, then one gated head of attention.",
         cached="the average's state h (D N); k, v (Z + E) per token, or of the current chunk",
         claims=(
-            "WikiText-103: perplexity 18.07 with 252M; enwik8: 1.02 bits per character",
-            "Long Range Arena: 88.21 on average, 85.66 in chunks",
+            Claim("perplexity 18.07", where="252M, WikiText-103"),
+            Claim("1.02 bits per character", where="enwik8"),
+            Claim("88.21 on average, 85.66 in chunks", where="Long Range Arena"),
         ),
         small={"attn_chunk": 6, "rel_pos_bias": "rotary", "attn_act": "laplace", "ema_dim": 3},
     ),

@@ -23,6 +23,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.hybrid.selective import default_rank, state_space
 from attnzoo.attention.own import Parallel
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, branch, register
 
 
@@ -73,7 +74,10 @@ def recurrent_set(H: int, G: int, fraction: float, heads: tuple[int, ...] | None
         family="hybrid",
         summary="Some heads of every layer are recurrent, the rest stay attention.",
         cached="k, v of the attention heads; the recurrent heads' state and convolution tail",
-        claims=("as good as the original model on HashHop while the cache shrinks with the share of heads",),
+        claims=(
+            Claim("as good as the original model", where="HashHop, converted"),
+            Claim("the cache shrinks with the share of heads", "cache_bytes", "lower", "mha"),
+        ),
         small={"recurrent_fraction": 0.5, "state_size": 8, "core": "mamba1"},
     ),
     frames=("own",),

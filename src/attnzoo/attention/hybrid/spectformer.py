@@ -26,6 +26,7 @@ from attnzoo.attention.own import Core, Flat
 from attnzoo.attention.site import Site, flag
 from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.long_conv import carried_conv, long_conv_elementwise, long_conv_flops
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -86,7 +87,10 @@ def _choose(site: Site, *, alpha: int | None, **_: object) -> str:
         summary="Leading layers are causal convolutions by learned spectra, the others attention.",
         cached="the last L_f - 1 inputs of a spectral layer; k, v of the others",
         adapted="the paper's filter is circular over the sequence; here a causal convolution with its kernel",
-        claims=("ImageNet-1k: 84.25 % (S), 85.7 % (L); 2 % above GFNet-H and LiT",),
+        claims=(
+            Claim("84.25 % (S), 85.7 % (L)", where="ImageNet-1k"),
+            Claim("2 % above GFNet-H and LiT", where="ImageNet-1k"),
+        ),
         small={"filter_len": 6, "alpha": 1, "spectral_single_residual": True},
         layers=2,
     ),

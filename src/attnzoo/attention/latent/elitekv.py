@@ -28,6 +28,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.latent import Latent, settle
 from attnzoo.attention.stages.position import NoPosition
+from attnzoo.cards import Claim
 from attnzoo.ops.fused import rotate
 from attnzoo.registry import Card, register
 
@@ -123,7 +124,10 @@ def _checked(field: str, table: Any, heads: int, r: int, total: int, layer: int)
         family="latent",
         summary="Heads keep RoPE on a few frequency pairs; other key channels and values are one latent.",
         cached="the turned key channels and the latent: 2 r G + d_c per token",
-        claims=("LLaMA2-7B and 13B: cache -75 % after uptraining on 0.6 % of the data, negligible loss",),
+        claims=(
+            Claim("cache -75 %", "cache_bytes", "lower", "mha", "LLaMA2-7B and 13B"),
+            Claim("negligible loss", where="LLaMA2-7B and 13B uptrained on 0.6 % of the data"),
+        ),
         small={"num_kv_heads": 2, "num_rope_pairs": 2, "kv_rank": 10},
     ),
 )

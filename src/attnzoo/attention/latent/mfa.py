@@ -28,6 +28,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.score import Early, Late
 from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import rms_norm
@@ -164,7 +165,10 @@ SMALL = {"head_dim": 12, "q_rank": 10, "out_factor": "shared"}
         family="latent",
         summary="One wide key/value head; wide query heads come from one low-rank factorisation.",
         cached="one k and one v: 2 C per token",
-        claims=("7B MoE, 1T tokens: accuracy 49.9 (mha 49.0, mla 48.3) with 24.6 KB per token (mha 196.6)",),
+        claims=(
+            Claim("accuracy 49.9 (mha 49.0, mla 48.3)", where="7B MoE, 1T tokens"),
+            Claim("24.6 KB per token, mha 196.6", "cache_bytes", "lower", "mha", "7B MoE, 1T tokens"),
+        ),
         small=SMALL,
     ),
     host={"num_kv_heads": 1},
@@ -199,7 +203,11 @@ def mfa(
         family="latent",
         summary="mfa whose values are its keys plus a gated map of them.",
         cached="one k before position: C per token",
-        claims=("7B MoE, 1T tokens: accuracy 48.0 (mha 49.0) with 12.3 KB per token (mha 196.6)",),
+        claims=(
+            Claim("accuracy 48.0 (mha 49.0)", where="7B MoE, 1T tokens"),
+            Claim("12.3 KB per token, mha 196.6", "cache_bytes", "lower", "mha", "7B MoE, 1T tokens"),
+            Claim("12.3 KB per token, mfa 24.6", "cache_bytes", "lower", "mfa", "7B MoE, 1T tokens"),
+        ),
         small=SMALL,
     ),
     host={"num_kv_heads": 1},

@@ -33,6 +33,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.stages.running import running_block_sum
 from attnzoo.attention.timeline import Axis
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -105,7 +106,11 @@ class TemporalLatent(Latent):
         family="latent",
         summary="Latents of neighbouring tokens are merged with learned weights: the cache shrinks in time.",
         cached="a latent and a rotary key per s tokens: (d_c + d_r) / s per token, and the running chunk",
-        claims=("MuST-C En-De, s = 2: 5.3 x faster and 8.3 x less memory than mha at equal BLEU",),
+        claims=(
+            Claim("BLEU of mha", where="MuST-C En-De, s = 2"),
+            Claim("5.3 x faster inference", "decode_ms", "lower", "mha", "MuST-C En-De, s = 2"),
+            Claim("8.3 x less memory in inference", "cache_bytes", "lower", "mha", "MuST-C En-De, s = 2"),
+        ),
         small={"down_rate": 3, "q_lora_rank": 12, "kv_lora_rank": 12},
     ),
     host={"norm_eps": 1e-5},

@@ -25,6 +25,7 @@ from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.latent import FIXED, Latent, check_rank, settle, sizes
+from attnzoo.cards import Claim
 from attnzoo.ops.fused import rms_norm
 from attnzoo.registry import Card, register
 
@@ -99,8 +100,8 @@ class SumShards(Stage):
         summary="Each head attends in every slice of one latent with a softmax of its own; outputs add up.",
         cached="the latent and the rotary key: d_c + d_r per token, d_c / g + d_r on each of g devices",
         claims=(
-            "DeepSeek-V3 and Kimi-K2 at 32k tokens: decoding 1.79 x and 1.93 x faster",
-            "WikiText-2 perplexity 6.31 (mla) -> 7.24, without training",
+            Claim("decoding 1.79 x and 1.93 x faster", where="DeepSeek-V3 and Kimi-K2 at 32k tokens"),
+            Claim("perplexity 6.31 (mla) -> 7.24", where="WikiText-2, without training"),
         ),
         small={"latent_shards": 4, "shard_norm": "sharded", "shard_gain": (1.5, 1.0, 0.7, 2.0)},
     ),

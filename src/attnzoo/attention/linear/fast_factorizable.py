@@ -28,6 +28,7 @@ from attnzoo.attention.linear.based import Taylor
 from attnzoo.attention.linear.linear import plain_sum
 from attnzoo.attention.site import Site
 from attnzoo.attention.stages.refine import L2Norm
+from attnzoo.cards import Claim
 from attnzoo.ops.taylor import polynomial
 from attnzoo.registry import Card, register
 
@@ -79,7 +80,10 @@ def _frame(site: Site, mode: str = "auto", **_: object) -> str:
         summary="The exponential replaced by its Taylor polynomial: a full attention matrix in linear time.",
         cached="moments of the keys, H (1 + d + d (d + 1) / 2) (d_v + 1) numbers: constant in the length",
         adapted="the released code divides by the largest norm of the sequence; here each token has its own",
-        claims=("linear cost with an all-to-all attention matrix; accuracy as softmax on long-range tasks",),
+        claims=(
+            "linear cost with an all-to-all attention matrix",
+            Claim("accuracy as softmax", where="long-range tasks"),
+        ),
         small={"head_dim": 2, "chunk_size": 4, "order": 1, "norm": "unit"},
     ),
     frames=("recurrent", "score"),

@@ -26,6 +26,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.linear.linear import Normaliser, plain_sum
 from attnzoo.attention.site import flag
 from attnzoo.attention.stages.combine import LocalConv
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -86,7 +87,7 @@ class KeyTable(Stage):
         summary="Linear attention on features sharpened by a norm-preserving power, and a convolution on v.",
         cached="the state S (H d d_v), its normaliser z (H d) and the convolution's tail: constant",
         adapted="the paper sums over all tokens and convolves both ways; here prefix sums and past taps",
-        claims=("ImageNet top-1 of PVT-T 77.8 against 75.1, of Swin-T 82.1 against 81.3",),
+        claims=(Claim("top-1 of PVT-T 77.8 against 75.1, of Swin-T 82.1 against 81.3", where="ImageNet"),),
         small={"chunk_size": 4, "kernel_size": 3, "learned_pos": True},
     ),
     frames=("recurrent",),

@@ -35,6 +35,7 @@ from attnzoo.attention.stages.mask import Blocks, Causal, Static
 from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.attention.stages.running import running_sum
+from attnzoo.cards import Claim
 from attnzoo.ops.fused import rms_norm
 from attnzoo.registry import Card, register
 
@@ -121,7 +122,7 @@ def _choose(site: Site, *, layer_pattern: tuple[str, ...], **_: object) -> str:
         summary="Windowed softmax layers alternate with ReLU linear attention and a local branch.",
         cached="window layers: a ring of k, v; linear layers: S, z; tails of convolutions",
         adapted="the paper sums and convolves both ways and norms over the batch; here over the past",
-        claims=("ImageNet-1k 84.4 %, 87.0 % with ImageNet-22k at 384^2",),
+        claims=(Claim("84.4 % top-1, 87.0 % with ImageNet-22k at 384^2", where="ImageNet-1k"),),
         small={
             "layer_idx": 1,
             "num_layers": 2,

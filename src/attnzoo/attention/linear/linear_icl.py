@@ -23,6 +23,7 @@ from attnzoo.attention.base import Stage
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.running import count
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -55,8 +56,13 @@ class Divide(Stage):
         family="linear",
         summary="No feature map, no normaliser: the mean over the prefix of (q . k) v.",
         cached="the state S (H d d_v): constant in the length",
-        claims=("the loss over random linear regressions is least where a layer does one (preconditioned) "
-                "step of gradient descent; a probe of in-context learning, not a language model",),
+        claims=(
+            Claim(
+                "the loss is least where a layer does one (preconditioned) step of gradient descent; "
+                "a probe of in-context learning, not a language model",
+                where="random linear regressions",
+            ),
+        ),
         small={"chunk_size": 4},
     ),
     frames=("recurrent",),

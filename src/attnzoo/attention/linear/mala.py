@@ -29,6 +29,7 @@ from attnzoo.attention.recurrent import NoGates, Terms
 from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import Gate, LocalConv
 from attnzoo.attention.stages.running import count, running_sum
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -82,7 +83,9 @@ class Magnitude(Stage):
         summary="Linear attention that scales up and subtracts the mean: large queries sharpen weights.",
         cached="the state S (H d d_v), sums of key features and values, and the convolution's tail: constant",
         adapted="the paper's means run over all tokens; here over the tokens so far",
-        claims=("above earlier linear attention in image classification, detection and segmentation",),
+        claims=(
+            Claim("above earlier linear attention", where="image classification, detection and segmentation"),
+        ),
         small={"chunk_size": 4, "lepe_kernel": 3, "mala_norm": "sum"},
     ),
     frames=("recurrent",),

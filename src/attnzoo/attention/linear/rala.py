@@ -35,6 +35,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.mask import Causal
 from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.attention.stages.running import before, count, running_max, running_sum
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 from attnzoo_kernels.rows import by_rows
@@ -167,7 +168,7 @@ class PrefixExact(Stage):
         summary="Keys weighed by their relevance to the mean query, and a gated output: more rank.",
         cached="S (H d d_v), its normaliser, the sum of queries, a maximum, the convolution's tail: constant",
         adapted="the paper weighs keys by the mean query of all tokens; here by that of the tokens so far",
-        claims=("RAVLT has 84.4 % top-1 on ImageNet-1k with 26M parameters and 4.6 GFLOPs",),
+        claims=(Claim("RAVLT has 84.4 % top-1 with 26M parameters and 4.6 GFLOPs", where="ImageNet-1k"),),
         small={"chunk_size": 4, "lepe_kernel": 3, "pos": "none"},
     ),
     frames=("recurrent",),

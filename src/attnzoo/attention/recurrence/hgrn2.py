@@ -26,6 +26,7 @@ from attnzoo.attention.site import flag
 from attnzoo.attention.stages.combine import FullNorm
 from attnzoo.attention.stages.gates import wide
 from attnzoo.attention.stages.refine import ShortConv
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -87,7 +88,10 @@ class TiedDecay(Stage):
         family="recurrence",
         summary="A recurrence that writes exactly what it makes room for; forgetting fades by depth.",
         cached="the state S (H d d): constant in the length",
-        claims=("level with Mamba and Transformers at 3B parameters",),
+        claims=(
+            Claim("level with Transformers", "val_bpb", "equal", "mha", "3B"),
+            Claim("level with Mamba", where="3B"),
+        ),
         small={"chunk_size": 4, "use_short_conv": True},
         layers=3,
     ),

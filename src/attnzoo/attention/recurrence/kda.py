@@ -22,6 +22,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.combine import HeadNorm, LowRankGate
 from attnzoo.attention.stages.gates import ChannelDecayBeta
 from attnzoo.attention.stages.refine import Activation, L2Norm, ShortConv
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -35,8 +36,15 @@ from attnzoo.registry import Card, register
         summary="A delta rule whose memory forgets per key channel.",
         cached="the state S (H_v d_k d_v) and convolution tails: constant in the length",
         claims=(
-            "48B, three layers to one of latent attention: ahead of full latent attention under one recipe, "
-            "up to 75 % less cache, up to 6 times faster decoding at 1M tokens",
+            Claim(
+                "ahead of full latent attention under one recipe",
+                where="48B, three layers to one of latent attention",
+            ),
+            Claim("up to 75 % less cache", where="48B, three layers to one of latent attention"),
+            Claim(
+                "up to 6 times faster decoding",
+                where="48B, three layers to one of latent attention, 1M tokens",
+            ),
         ),
         small={"chunk_size": 4, "num_v_heads": 8, "safe_gate": True},
     ),

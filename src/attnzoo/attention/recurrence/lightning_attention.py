@@ -22,6 +22,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.combine import FullNorm, Gate
 from attnzoo.attention.stages.gates import FixedDecay
 from attnzoo.attention.stages.refine import Activation
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -39,7 +40,7 @@ def flattening(layer: int, depth: int) -> float:
         family="recurrence",
         summary="Linear attention whose heads forget by fixed slopes that flatten with depth.",
         cached="the state S (H d d): constant in the length",
-        claims=("456B parameters trained with it, one layer in eight softmax, at contexts of 1M tokens",),
+        claims=(Claim("trained at contexts of 1M tokens", where="456B, one layer in eight softmax"),),
         small={"chunk_size": 4},
         layers=2,
     ),

@@ -31,6 +31,7 @@ from attnzoo.attention.score import Early
 from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.gates import wide
 from attnzoo.attention.stages.out import LinearOut
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.blends import blends
 from attnzoo.registry import Card, register
@@ -184,7 +185,7 @@ def default_rank(dim: int, factor: float) -> int:
         family="recurrence",
         summary="A state that decays per channel, removes under one key and writes under another.",
         cached="the state S (H d d) and the last x (D): constant in the length",
-        claims=("2.9B: best multilingual results of its class with fewer tokens",),
+        claims=(Claim("best multilingual results of its class with fewer tokens", where="2.9B"),),
         small={"chunk_size": 4},
         layers=2,
     ),

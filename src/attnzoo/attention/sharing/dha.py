@@ -29,6 +29,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.site import flag
 from attnzoo.attention.stages.project import QKV, MappedQKV, consecutive
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 Table = tuple[int, ...]
@@ -154,7 +155,12 @@ def collapse(mixer: Mixer) -> dict[str, Tensor]:
         family="sharing",
         summary="Key heads and value heads are shared by different groups of query heads, by tables.",
         cached="k, v: (G_k + G_v) d per token",
-        claims=("25 % of the heads: 97.6 % of the quality with 0.25 % of the pretraining tokens",),
+        claims=(
+            Claim(
+                "25 % of the heads keep 97.6 % of the quality", where="after 0.25 % of the pretraining tokens"
+            ),
+            Claim("75 % less cache", "cache_bytes", "lower", "mha", "25 % of the heads"),
+        ),
         small={"num_key_heads": 3, "num_value_heads": 2, "key_map": (2, 0, 1, 0), "value_map": (1, 0, 0, 1)},
     ),
     fixed={"num_kv_heads": "keys and values have counts of their own, num_key_heads and num_value_heads"},

@@ -14,6 +14,7 @@ practice takes 64 to 128); widths that no fused kernel serves have to be asked f
 from __future__ import annotations
 
 from attnzoo.attention.draft import Draft
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 WIDEST = 256  # head width up to which fused kernels exist
@@ -29,8 +30,10 @@ WIDEST = 256  # head width up to which fused kernels exist
         summary="The head width does not depend on the number of heads, so that no head is a low-rank one.",
         cached="k, v: 2 G d per token",
         claims=(
-            "BERT-style pretraining and LM1B at small D: with fixed d more heads keep helping, "
-            "with d = D / H they end up hurting",
+            Claim(
+                "with fixed d more heads keep helping, with d = D / H they end up hurting",
+                where="BERT-style pretraining and LM1B at small D",
+            ),
         ),
         small={"head_dim": 6},
     ),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from attnzoo.attention.draft import Draft, set_heads
 from attnzoo.attention.stages.project import largest_divisor
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -27,7 +28,8 @@ from attnzoo.registry import Card, register
         summary="G key/value heads, each serving a group of consecutive query heads.",
         cached="k, v: 2 G d per token",
         claims=(
-            "T5-XXL uptrained 5 %, 8 groups: 47.1 against 47.2 of mha on average, at nearly mqa's speed",
+            Claim("47.1 against 47.2 of mha on average", where="T5-XXL uptrained 5 %, 8 groups"),
+            Claim("0.28 s per sample, mha 1.51, mqa 0.24", "decode_ms", "lower", "mha", "T5-XXL, 8 groups"),
         ),
         small={"num_kv_heads": 2},
     ),

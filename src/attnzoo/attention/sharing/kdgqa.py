@@ -30,6 +30,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft, set_heads
 from attnzoo.attention.stages.project import MappedQKV, consecutive
 from attnzoo.attention.timeline import Timeline
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 Kind = Literal["key", "diff", "ema"]
@@ -185,7 +186,7 @@ _SHARED = {
         name="kdgqa",
         title="Key-distributed GQA",
         summary="Key heads of larger norm serve more query heads, by the norms of the step before.",
-        claims=("ViT-L uptrained on small image sets: mixed against gqa; no language result",),
+        claims=(Claim("mixed against gqa; no language result", where="ViT-L uptrained on small image sets"),),
         **_SHARED,
     ),
 )
@@ -207,7 +208,12 @@ def kdgqa(draft: Draft, *, alloc_kind: Kind = "key", window_size: int = 1, min_p
         name="dgqa",
         title="Dynamic key-distributed GQA",
         summary="Key heads whose norm grew, or was large for a while, serve more query heads.",
-        claims=("ViT-L uptrained on small image sets: up to +8 % accuracy over gqa; no language result",),
+        claims=(
+            Claim(
+                "up to +8 % accuracy over gqa; no language result",
+                where="ViT-L uptrained on small image sets",
+            ),
+        ),
         **_SHARED,
     ),
 )

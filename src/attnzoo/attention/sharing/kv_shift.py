@@ -25,6 +25,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 
@@ -77,8 +78,15 @@ class TokenShift(Stage):
         summary="Each head's keys and values are learned mixes of the token's own and the previous token's.",
         cached="k, v: 2 G d per token, and the last token's raw k, v",
         claims=(
-            "2.9B, 500B tokens: MMLU 37.26 -> 40.88, iGSM 0.8154 -> 0.8909; better loss from 1.5B to 19B",
-            "one layer learns synthetic induction, which a plain layer cannot",
+            Claim("MMLU 37.26 -> 40.88, iGSM 0.8154 -> 0.8909", where="2.9B, 500B tokens"),
+            Claim("better loss", "val_bpb", "lower", "mha", "1.5B to 19B"),
+            Claim(
+                "one layer learns induction, which a plain layer cannot",
+                "accuracy:induction",
+                "higher",
+                "mha",
+                "synthetic, one layer",
+            ),
         ),
         small={"num_kv_heads": 2},
     ),

@@ -24,6 +24,7 @@ from torch import Tensor
 from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.project import QKV, largest_divisor
+from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.registry import Card, register
 
@@ -61,9 +62,12 @@ class TiledQueries(QKV):
         summary="Fewer query heads of the full model's width: scores cost H_q / H.",
         cached="k, v: 2 G d per token",
         claims=(
-            "12M dense, 16 heads, D = 256, validation loss: mha 1.198, gqa(4) 1.218, ssqa 1.220, sqa 1.227, "
-            "xsqa 1.243, mqa 1.250",
-            "the same at 32k tokens, seconds per step: mha .373, gqa .364, sqa .199, xsqa .135",
+            Claim("loss 1.227, mha 1.198", "val_bpb", "higher", "mha", "12M dense, 16 heads, D = 256"),
+            Claim("loss 1.227, gqa 1.218", "val_bpb", "higher", "gqa", "12M dense, 16 heads, D = 256"),
+            Claim("loss 1.227, mqa 1.250", "val_bpb", "lower", "mqa", "12M dense, 16 heads, D = 256"),
+            Claim("loss of ssqa 1.220, of xsqa 1.243", where="12M dense, 16 heads, D = 256"),
+            Claim(".199 s per step, mha .373", "tokens_per_second", "higher", "mha", "12M dense, 32k tokens"),
+            Claim(".199 s per step, gqa .364", "tokens_per_second", "higher", "gqa", "12M dense, 32k tokens"),
         ),
         small={"num_query_heads": 2, "num_kv_heads": 4},
     ),

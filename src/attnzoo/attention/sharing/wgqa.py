@@ -24,6 +24,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft, set_heads
 from attnzoo.attention.site import flag
 from attnzoo.attention.stages.project import QKV, largest_divisor
+from attnzoo.cards import Claim
 from attnzoo.registry import Card, register
 
 SHAPES = {"scalar": lambda D, d: (), "row": lambda D, d: (D,), "col": lambda D, d: (d,)}
@@ -113,8 +114,11 @@ def merge(mixer: Mixer) -> dict[str, Tensor]:
         summary="Each group's key and value head is a learned weighted sum of the weights of H heads.",
         cached="k, v: 2 G d per token",
         claims=(
-            "T5-base fine-tuned from MHA, gqa -> wgqa: CNN/DM R1 41.7 -> 41.9, WMT14 BLEU 26.1 -> 26.3; "
-            "a random start is clearly worse",
+            Claim(
+                "gqa -> wgqa: CNN/DM R1 41.7 -> 41.9, WMT14 BLEU 26.1 -> 26.3",
+                where="T5-base fine-tuned from MHA",
+            ),
+            Claim("a random start is clearly worse", where="T5-base fine-tuned from MHA"),
         ),
         small={"num_kv_heads": 2, "weight_kind": "row"},
     ),
