@@ -1,4 +1,4 @@
-# `make train` and `make test` need python3 (3.10 or later) and a package index, nothing else.
+# `make train`, `make compare` and `make test` need python3 (3.10 or later) and a package index, nothing else.
 # ARGS goes to the program: make train ARGS="attention=mla trainer.max_steps=100"
 
 PYTHON ?= python3
@@ -8,10 +8,15 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: train test test-slow lint bench clean
+QUICK   = experiment=quick attention=mha,mla,gated_deltanet match=params seeds=2
+
+.PHONY: train compare test test-slow lint bench clean
 
 train: $(STAMP)
 	$(BIN)/attnzoo train $(ARGS)
+
+compare: $(STAMP)
+	$(BIN)/attnzoo compare $(QUICK) $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -20,7 +20,10 @@ RUN, TUNE = "run", "tune"
 SEED, RATE = "seed", "optim.lr"
 # where and how a run happens, not what comes out of it
 ASIDE = ("run_dir", "ckpt_path", "launcher", "logger", "callbacks")
-ASIDE_OF = {"data": ("cache_dir", "num_workers"), "trainer": ("sample_prompt", "sample_tokens")}
+ASIDE_OF = {
+    "data": ("cache_dir", "num_workers"),
+    "trainer": ("decode_tokens", "sample_prompt", "sample_tokens"),
+}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def prepare(config: DictConfig) -> Run:
     plain = OmegaConf.to_container(config, resolve=True)
     if "slurm" in plain["launcher"]:
         raise ValueError(
-            "launcher: slurm submits the cells of a sweep, not a single run; use attnzoo sweep launcher=slurm, "
+            "launcher: slurm is for cells of a sweep, not for a single run; use attnzoo sweep launcher=slurm "
             "or attnzoo train launcher=local inside a job of your own"
         )
     trainer, optim, data = read_groups(plain)
