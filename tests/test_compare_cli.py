@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from attnzoo.compare.comparison import compare
 from attnzoo.compare.select import from_folders, from_sweep
 from attnzoo.compare.statistics import Method
 from attnzoo.sweep import commands
-from attnzoo.sweep.manifest import Cell, Manifest, write_manifest
+from attnzoo.sweep.manifest import Cell, Manifest, read_manifest, write_manifest
 from attnzoo.sweep.state import Outcome, write_outcome
 from run_folders import run_folder
 from runs import train
@@ -220,6 +221,20 @@ def test_one_shot_runs_the_sweep_and_goes_on_with_it(
     assert main(["compare", *arguments]) == 130
     assert not (Path("runs/s") / "comparison.json").exists()  # interrupted: there is nothing to compare yet
     assert main(["compare", *arguments, "--interval", "z"]) == 2 and len(called) == 3
+    matched = [*arguments, "match=params"]  # whose sizes depend on the baseline
+    found = read_manifest(Path("runs/s"))
+    write_manifest(replace(found, command=tuple(matched), match={"budget": "params"}, baseline="mha"))
+    assert main(["compare", *matched, "--baseline", "gqa"]) == 2 and len(called) == 3
+    code = 0
+    assert main(["compare", *matched, "--baseline", "mha"]) == 0 and len(called) == 4
+
+
+def test_a_baseline_that_is_not_in_the_set_is_told_before_anything_is_trained(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert main(["compare", "attention=mha,mla", "name=s", "--baseline", "gqa"]) == 2
+    assert "baseline: must be an arm of the sweep, got 'gqa'" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_two_real_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

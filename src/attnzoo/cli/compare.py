@@ -21,7 +21,7 @@ def compare_command(options: argparse.Namespace) -> int:
     method = Method(options.interval, options.level, options.correction)  # before a sweep that takes hours
     code = 0
     if any("=" in argument and not Path(argument).exists() for argument in options.runs):
-        folder, code = _sweep(options.runs)
+        folder, code = _sweep(options.runs, options.baseline)
         if code == INTERRUPTED:
             return code
         selection = from_sweep(folder)
@@ -50,26 +50,29 @@ def _select(arguments: Sequence[str]) -> tuple[Selection, Path]:
     return from_folders([Path(a) for a in arguments]), Path(f"runs/compare-{datetime.now():%Y%m%d-%H%M%S}")
 
 
-def _sweep(arguments: Sequence[str]) -> tuple[Path, int]:
+def _sweep(arguments: Sequence[str], baseline: str | None) -> tuple[Path, int]:
     """Run the sweep of these arguments, or go on with it; returns its folder and exit code."""
     from attnzoo.sweep import commands
     from attnzoo.sweep.manifest import FILE, read_manifest
     from attnzoo.sweep.request import read_request
 
+    # a sweep refuses a baseline that is not in it before anything is trained
+    arguments = [*arguments, f"baseline={baseline}"] if baseline else arguments
     request = read_request(arguments)
     folder = commands.ROOT / (request.name or "")
     if request.name is None or not (folder / FILE).is_file():
         manifest, code = commands.start([*arguments, "--wait"])
         return manifest.folder, code
-    before = read_manifest(folder).command
-    if _about(before) != _about(arguments):
+    before = read_manifest(folder)
+    rematched = request.match and request.baseline not in (None, before.baseline)
+    if rematched or _about(before.command) != _about(arguments):
         raise ValueError(
-            f"name: {request.name} is another sweep, of {shlex.join(before)}; give another name, or compare "
-            f"it by attnzoo compare sweep {request.name}"
+            f"name: {request.name} is another sweep, of {shlex.join(before.command)}; give another name, or "
+            f"compare it by attnzoo compare sweep {request.name}"
         )
     return folder, commands.resume(folder, request.jobs, wait=True)[1]
 
 
 def _about(arguments: Sequence[str]) -> set[str]:
-    """The arguments that say what a sweep is, not how it runs."""
-    return {a for a in arguments if a != "--wait" and not a.startswith("jobs=")}
+    """The arguments that say which runs a sweep has."""
+    return {a for a in arguments if a != "--wait" and not a.startswith(("jobs=", "baseline="))}

@@ -83,9 +83,10 @@ def _verdict(claim: Mapping[str, str], metric: Metric, other: str, setting: Sett
     if matched and BUDGETS.get(matched["budget"]) == metric.key:
         return "not tested", f"{metric.key} was matched"
     result = next(r for r in setting.judge(metric, other) if r["arm"] == claim["arm"])
-    verdict, shown = result["verdict"], _shown(result, other)
+    verdict = result["verdict"]
     if verdict == "no verdict":
         return "not tested", result["reason"]
+    shown = _shown(result, other)
     if claim["expect"] == "equal":
         return _equality(result, setting.values[metric.key][other], shown)
     hoped = "better" if claim["expect"] == metric.better else "worse"
