@@ -87,7 +87,7 @@ def _conditions(setting: Mapping[str, Any]) -> str:
     about = setting["conditions"]
     parts = [
         setting["name"],
-        f"data {about['data']}",
+        "" if f"data={about['data']}" in setting["name"].split() else f"data {about['data']}",
         f"T {about['seq_len']}",
         f"{about['steps']} steps of {about['batch_size']}",
         f"{si(about['tokens'])} tokens" if isinstance(about["tokens"], int) else "",
@@ -168,12 +168,12 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> RenderableType:
         if claim["where"]:
             text.append(f" ({claim['where']})", style="dim")
         verdict = Text(claim["verdict"], style=STYLES.get(claim["verdict"], ""))
-        verdict.append(f": {claim['reason']}", style="dim")
+        place = f" in {claim['setting']}" if claim["setting"] else ""
+        verdict.append(f"{place}: {claim['reason']}", style="dim")
         table.add_row(claim["arm"], text, verdict)
     rest = len(claims) - len(tested)
-    note = Text(
-        f"{rest} claims are not tested by these runs; comparison.json says why" if rest else "", "dim"
-    )
+    many = "claims are" if rest > 1 else "claim is"
+    note = Text(f"{rest} {many} not tested by these runs; comparison.json says why" if rest else "", "dim")
     return Group(Text(), *([table] if tested else []), Padding(note, (0, 0, 1, 0)))
 
 
