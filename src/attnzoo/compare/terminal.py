@@ -161,7 +161,8 @@ def _profile(comparison: Mapping[str, Any]) -> RenderableType:
 
 
 def _claims(claims: Sequence[Mapping[str, Any]]) -> RenderableType:
-    table = _table("Claims of the papers: their direction, not their numbers", "arm", "claim", "verdict", left=("arm", "claim", "verdict"))
+    columns = ("arm", "claim", "verdict")
+    table = _table("Claims of the papers: their direction, not their numbers", *columns, left=columns)
     tested = [claim for claim in claims if claim["verdict"] != "not tested"]
     for claim in tested:
         text = Text(claim["text"])
