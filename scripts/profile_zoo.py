@@ -13,28 +13,21 @@ directions are checked (`EXPECTED`), and what did not come out is printed as "no
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
 import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import jobs
 
-import attnzoo
 from attnzoo.data.synthetic import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 CSV = ROOT / "benchmarks" / "results" / "profile.csv"
-PROGRAM = "import sys; from attnzoo.cli import main; sys.exit(main())"
 VARIANTS = ("mha", "sliding_window", "linear", "mamba2", "deltanet", "gated_deltanet")
 # windows and states are small beside the tasks, as they are beside the texts of large models; deltanet's
 # state may change sign, the others' not
@@ -62,30 +55,12 @@ class Cell:
 
 def train(cell: Cell, out: pathlib.Path) -> dict[str, Any]:
     """The summary of a run, trained now unless it stands complete in ``out``."""
-    folder = out / cell.name
-    summary = folder / "summary.json"
-    if not _completed(summary):
-        command = [sys.executable, "-c", PROGRAM, "train", "experiment=profile", f"hydra.run.dir={folder}"]
-        command += [f"attention={cell.variant}", f"data=synthetic/{cell.task}", f"seed={cell.seed}"]
-        command += [f"attention.{option}" for option in OPTIONS.get(cell.variant, ())]
-        log = folder.with_suffix(".log")
-        with log.open("w") as file:
-            code = subprocess.run(
-                command,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
-        if code:
-            return {"error": (log.read_text().strip().splitlines() or [f"exit code {code}"])[-1]}
-        done = json.loads(summary.read_text())
-        print(f"{cell.name}: {done['val_accuracy']:.1%} in {done['seconds']:.0f} s", flush=True)
-    return json.loads(summary.read_text())
-
-
-def _completed(summary: pathlib.Path) -> bool:
-    return summary.exists() and json.loads(summary.read_text())["status"] == "completed"
+    overrides = ["experiment=profile", f"data=synthetic/{cell.task}", f"attention={cell.variant}"]
+    overrides += [f"attention.{option}" for option in OPTIONS.get(cell.variant, ())]
+    summary, trained = jobs.train([*overrides, f"seed={cell.seed}"], out / cell.name)
+    if trained and "error" not in summary:
+        print(f"{cell.name}: {summary['val_accuracy']:.1%} in {summary['seconds']:.0f} s", flush=True)
+    return summary
 
 
 def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,21 +77,8 @@ def row_of(cell: Cell, summary: Mapping[str, Any]) -> dict[str, Any]:
         "state_bytes": summary["state_bytes"],
         "cache_bytes_per_token": summary["cache_bytes_per_token"],
         "seconds": round(summary["seconds"], 1),
-        "machine": f"{platform.machine()}, 1 of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "attnzoo": attnzoo.__version__,
-        "date": datetime.date.today().isoformat(),
+        **jobs.one_core(),
     }
-
-
-def save(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
 
 
 def solves(variant: str, task: str) -> tuple[str, list[str], Callable[[Accuracy], bool]]:
@@ -200,7 +162,7 @@ def main() -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         summaries = list(pool.map(lambda cell: train(cell, options.out), cells))
     rows = [row_of(cell, summary) for cell, summary in zip(cells, summaries, strict=True)]
-    save(rows, options.csv)
+    jobs.save(rows, options.csv)
     missed, errors = report(rows), [row for row in rows if "error" in row]
     for row in errors:
         print(f"{row['variant']} {row['task']} seed {row['seed']}: {row['error']}", file=sys.stderr)

@@ -14,19 +14,16 @@ positions gain no more than the first.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import math
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jobs
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -41,31 +38,15 @@ SAME = (
 )  # fmt: skip
 LATE = slice(64, 128)  # positions of a sample
 MARGIN, GAIN = 0.95, 0.1  # of the unigram model's bits; bits that late positions must gain beyond the first
-PROGRAM = "import sys; from attnzoo.cli import main; sys.exit(main())"
 
 
 def train(name: str, folder: pathlib.Path, steps: int) -> dict[str, Any]:
     """The summary of one run, trained now unless it stands complete in ``folder``."""
-    summary, start = folder / "summary.json", time.perf_counter()
-    if not _completed(summary):
-        command = [sys.executable, "-c", PROGRAM, "train", f"attention={name}", f"hydra.run.dir={folder}"]
-        log = folder.with_suffix(".log")
-        with log.open("w") as file:
-            code = subprocess.run(
-                [*command, f"trainer.max_steps={steps}", *SAME],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                check=False,
-            ).returncode
-        if code:
-            return {"variant": name, "error": log.read_text().strip().splitlines()[-1]}
+    start = time.perf_counter()
+    summary, trained = jobs.train([f"attention={name}", f"trainer.max_steps={steps}", *SAME], folder)
+    if trained and "error" not in summary:
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-    return json.loads(summary.read_text())
-
-
-def _completed(summary: pathlib.Path) -> bool:
-    return summary.exists() and json.loads(summary.read_text())["status"] == "completed"
+    return {"variant": name} | summary
 
 
 def bits_by_position(folder: pathlib.Path, corpus: Any) -> Tensor:
@@ -118,23 +99,6 @@ def row_of(
     return row | {"verdict": "; ".join(problems) or "learns"}
 
 
-def save(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    machine = {
-        "machine": f"{platform.machine()}, 1 of {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "attnzoo": attnzoo.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    rows = [row | machine for row in sorted(rows, key=lambda row: row.get("val_bpb", math.inf))]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
-
-
 def main() -> int:
     from omegaconf import OmegaConf
 
@@ -160,7 +124,8 @@ def main() -> int:
         row_of(summary, options.out / name, corpus, unigram, bigram)
         for name, summary in zip(names, summaries, strict=True)
     ]
-    save(rows, options.csv)
+    rows = [row | jobs.one_core() for row in sorted(rows, key=lambda row: row.get("val_bpb", math.inf))]
+    jobs.save(rows, options.csv)
     bad = [row for row in rows if row["verdict"] != "learns"]
     for row in bad:
         print(f"{row['variant']}: {row['verdict']}", file=sys.stderr)

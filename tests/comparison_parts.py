@@ -5,21 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-TASKS = [
-    "mqar",
-    "induction",
-    "selective_copying",
-    "fuzzy_recall",
-    "noisy_recall",
-    "compression",
-    "memorisation",
-    "parity",
-    "s3",
-    "s5",
-    "needle",
-    "in_context_regression",
-    "length_extrapolation",
-]
+from attnzoo.cards import TASKS
 
 
 def curve(arm: tuple, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
 from attnzoo.sweep.state import states
-from runs import metrics, overrides
+from runs import metrics, overrides, train
 
 PROGRAM = "import sys; from attnzoo.cli import main; sys.exit(main())"
 PATIENCE = 300.0  # seconds; a failed test takes that long, a passed one never does
@@ -59,6 +62,17 @@ def steps(folder: Path, cell: Cell) -> list[int]:
         return [line["step"] for line in metrics(manifest(folder).run_folder(cell))]
     except OSError:
         return []
+
+
+def check_two_ranks(folder: Path, *options: str) -> None:
+    """The only cell of "s" is one run of two ranks, and learned what one rank learns with these options."""
+    (cell,) = manifest(folder).cells
+    run = manifest(folder).run_folder(cell)
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+    assert steps(folder, cell) == [1, 2, 3, 4]
+    _, alone = train(folder, *options, name="alone")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-5)
 
 
 def until(condition: Callable[[], bool]) -> None:

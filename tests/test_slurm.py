@@ -13,7 +13,7 @@ import pytest
 from attnzoo.sweep import commands, slurm
 from attnzoo.sweep.state import locked, read_outcome
 from runs import train
-from sweeps import manifest, statuses, steps, sweep, tiny, until
+from sweeps import check_two_ranks, manifest, statuses, steps, sweep, tiny, until
 
 LONG = 300  # steps: some seconds, in which to be interrupted
 HERE = (
@@ -122,13 +122,7 @@ def test_two_tasks_are_one_run(tmp_path: Path) -> None:
     ranks = ("launcher.devices=2", "launcher.strategy=ddp", "data.isolate=true")
     code, out = sweep(tmp_path, *tiny(tmp_path, *HERE, *ranks, "--wait"))
     assert code == 0, out
-    (cell,) = manifest(tmp_path).cells
-    folder = manifest(tmp_path).run_folder(cell)
-    assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
-    assert steps(tmp_path, cell) == [1, 2, 3, 4]
-    _, alone = train(tmp_path, "data.isolate=true", name="alone")
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-5)
+    check_two_ranks(tmp_path, "data.isolate=true")
 
 
 def test_what_sbatch_refuses_leaves_no_sweep(tmp_path: Path) -> None:

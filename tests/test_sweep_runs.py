@@ -12,7 +12,7 @@ import pytest
 from attnzoo.sweep import commands
 from attnzoo.sweep.state import locked, read_outcome
 from runs import train
-from sweeps import manifest, start, statuses, steps, sweep, tiny, until
+from sweeps import check_two_ranks, manifest, start, statuses, steps, sweep, tiny, until
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 LONG = 300  # steps: some seconds, in which to be killed
@@ -105,14 +105,7 @@ def test_two_ranks_are_one_run(tmp_path: Path) -> None:
     options = ("launcher.devices=2", "launcher.strategy=ddp", "launcher.accelerator=cpu", "data.isolate=true")
     code, out = sweep(tmp_path, *tiny(tmp_path, *options))
     assert code == 0, out
-    (cell,) = manifest(tmp_path).cells
-    folder = manifest(tmp_path).run_folder(cell)
-    assert json.loads((folder / "environment.json").read_text())["ranks"] == 2
-    assert steps(tmp_path, cell) == [1, 2, 3, 4]
-    _, alone = train(tmp_path, "data.isolate=true", name="alone")
-    assert json.loads((folder / "summary.json").read_text())["val_bpb"] == pytest.approx(
-        alone["val_bpb"], rel=1e-5
-    )
+    check_two_ranks(tmp_path, "data.isolate=true")
 
 
 def test_rates_are_searched_first(tmp_path: Path) -> None:

@@ -57,6 +57,6 @@ def test_finished_runs_are_not_repeated_and_failed_ones_say_why(script, tmp_path
     for cell, status in ((done, "completed"), (cut, "stopped")):
         (tmp_path / cell.name).mkdir()
         (tmp_path / cell.name / "summary.json").write_text(json.dumps({"status": status}))
-    monkeypatch.setattr(script, "PROGRAM", "import sys; sys.exit('error: ' + sys.argv[-1])")
+    monkeypatch.setattr(script.jobs, "PROGRAM", "import sys; sys.exit('error: ' + sys.argv[-1])")
     assert script.train(done, tmp_path) == {"status": "completed"}
     assert script.train(cut, tmp_path) == {"error": "error: seed=2"}
