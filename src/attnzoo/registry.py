@@ -198,6 +198,12 @@ def card(name: str, add: str | Sequence[str] = ()) -> Card:
     )
 
 
+def lacking(mixer: Mixer, trait: str) -> list[str]:
+    """The registered variants in a mixer, its own and those added to it, that lack a trait; sorted."""
+    names = {mixer.name, *mixer.options.get("add", ())} & set(list_variants())
+    return sorted(name for name in names if not card(name).traits[trait])
+
+
 def equations(name: str) -> str:
     """Idea, source and equations of a variant: the docstring its file opens with."""
     return (sys.modules[_entry(name).change.__module__].__doc__ or "").strip()

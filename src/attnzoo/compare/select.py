@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.compare.arms import Member, group, refuse_twins, variant
-from attnzoo.compare.runs import LeftOut, read_run, read_runs
+from attnzoo.compare.runs import LeftOut, Run, read_run, read_runs
 
 if TYPE_CHECKING:
     from attnzoo.sweep.manifest import Cell, Manifest
@@ -42,7 +42,7 @@ def from_folders(folders: Sequence[Path]) -> Selection:
     runs, left_out = read_runs(folders)
     if not runs:
         raise ValueError(f"runs: none is usable; {_reasons(left_out)}")
-    members = group(runs, {str(run.folder): m for run in runs if (m := _matched_in_sweep(run.folder))})
+    members = group(runs, _matched_in_sweeps(runs))
     return Selection(members, left_out, _plain(members), _title(members))
 
 
@@ -134,13 +134,16 @@ def _unplanned(manifest: Manifest) -> list[LeftOut]:
     ]
 
 
-def _matched_in_sweep(folder: Path) -> Mapping[str, Any] | None:
-    """What a sweep solved for a run folder that is one of its cells."""
-    manifest = folder.resolve().parents[1] / "manifest.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        cells = json.loads(manifest.read_text())["cells"]
-        return next((c["matched"] for c in cells if c["id"] == folder.resolve().name), None)
-    return None
+def _matched_in_sweeps(runs: Sequence[Run]) -> dict[str, Mapping[str, Any]]:
+    """What sweeps solved for the runs that are their cells, by run folder; each manifest is read once."""
+    found: dict[str, Mapping[str, Any]] = {}
+    places = {run.folder: run.folder.resolve() for run in runs}
+    for sweep in {place.parent.parent for place in places.values()}:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            cells = json.loads((sweep / "manifest.json").read_text())["cells"]
+            solved = {sweep / "cells" / cell["id"]: cell["matched"] for cell in cells if cell["matched"]}
+            found |= {str(folder): solved[place] for folder, place in places.items() if place in solved}
+    return found
 
 
 def _title(members: Sequence[Member]) -> str:

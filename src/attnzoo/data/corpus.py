@@ -16,7 +16,7 @@ from .sampler import Sampler
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .synthetic import SyntheticCorpus
+    from .synthetic import SyntheticConfig, SyntheticCorpus
 
 Sample = dict[str, torch.Tensor]
 IGNORED = -100  # the target that torch's cross_entropy leaves out by default
@@ -151,7 +151,7 @@ def build_data(
     """
     cfg = parse_data(data)
     if not isinstance(cfg, DataConfig):
-        return _build_synthetic(data, tokenizer, seed)
+        return _build_synthetic(cfg, tokenizer, seed)
     cache = open_cache(cfg, parse_tokenizer(tokenizer))
     return Corpus(
         tokenizer=cache.tokenizer,
@@ -166,13 +166,13 @@ def build_data(
     )
 
 
-def _build_synthetic(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int) -> SyntheticCorpus:
-    from .synthetic import build_synthetic, parse_synthetic
+def _build_synthetic(cfg: SyntheticConfig, tokenizer: Mapping[str, Any], seed: int) -> SyntheticCorpus:
+    from .synthetic import PREFIX, build_synthetic
 
-    cfg, given = parse_synthetic(data), parse_tokenizer(tokenizer)
-    if given.name != TokenizerConfig.name:
+    given = parse_tokenizer(tokenizer).name
+    if given != TokenizerConfig.name:
         raise ValueError(
-            f"tokenizer: {data['name']} has a vocabulary of its own, got {given.name!r}; leave it out"
+            f"tokenizer: {PREFIX}{cfg.task.name} has a vocabulary of its own, got {given!r}; leave it out"
         )
     return build_synthetic(cfg, seed)
 

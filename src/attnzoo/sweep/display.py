@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -82,7 +83,7 @@ def print_table(manifest: Manifest, found: Mapping[str, Outcome] | None = None) 
         text = result(read_summary(manifest, cell)) if outcome.status == DONE else outcome.reason
         status = f"[{COLOURS.get(outcome.status, 'default')}]{outcome.status}[/]"
         row = [cell.id, *([cell.setting] if several else []), status]
-        table.add_row(*row, _span(outcome.seconds) if outcome.seconds else "", _escape(text))
+        table.add_row(*row, _span(outcome.seconds) if outcome.seconds else "", escape(text))
     _console().print(table)
     counts = Counter(outcome.status for outcome in found.values())
     words = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
@@ -103,7 +104,7 @@ def print_matched(cells: Iterable[Cell]) -> None:
         m = cell.matched
         change = f"{m['knob']}: {m['from']} -> {m['to']}" if m["knob"] else "nothing"
         numbers = [f"{m['target']:,.0f}", f"{m['value']:,.0f}", f"{100 * m['deviation']:+.2f} %"]
-        table.add_row(cell.arm, cell.setting, m["budget"], *numbers, _escape(change))
+        table.add_row(cell.arm, cell.setting, m["budget"], *numbers, escape(change))
     _console().print(table)
 
 
@@ -130,10 +131,6 @@ def _tuning(manifest: Manifest) -> Iterable[str]:
 
 def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=WIDTH)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _span(seconds: float) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from attnzoo.cli import INTERRUPTED
+from attnzoo.signals import on_stop
 from attnzoo.sweep.manifest import Cell, Manifest
 from attnzoo.sweep.slots import Slot
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, read_outcome, write_outcome
@@ -74,7 +75,7 @@ class Pool:
     def run(self, cells: list[Cell]) -> bool:
         """Train ``cells`` and those that come up; returns whether it was interrupted."""
         waiting = list(cells)
-        with _stop_signals(self._request):
+        with on_stop(self._request):
             while self.jobs or (waiting and not self.stopping):
                 while waiting and self.free and not self.stopping:
                     self._start(waiting.pop(0))
@@ -121,7 +122,7 @@ class Pool:
             ),
         )
 
-    def _request(self) -> None:
+    def _request(self, *signal: Any) -> None:
         self.requests += 1
 
     def _pass_on(self) -> None:
@@ -133,7 +134,7 @@ class Pool:
                     os.killpg(job.process.pid, signal.SIGKILL)
 
 
-def command(manifest: Manifest, cell: Cell, ranks: int, *more: str) -> list[str]:
+def command(manifest: Manifest, cell: Cell, ranks: int) -> list[str]:
     """The command of a cell that watches its standard input; several ranks start by torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     start = [*torchrun, "-m", MODULE] if ranks > 1 else ["-m", MODULE]
@@ -194,18 +195,3 @@ def _environment(slot: Slot, ranks: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         **({"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)} if slot.gpus else {}),
     }
-
-
-@contextmanager
-def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call ``stop``."""
-
-    def handle(number: int, frame: Any) -> None:
-        stop()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

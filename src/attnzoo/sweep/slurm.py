@@ -109,13 +109,14 @@ def cancel(manifest: Manifest) -> None:
 
 def _follow(manifest: Manifest, extend: Callable[[Manifest], Manifest]) -> Manifest:
     """Wait until no cell has a job, submitting what comes up meanwhile."""
-    waiting = {cell.id for cell in manifest.cells} - _over(manifest)
+    waiting = {cell for cell, outcome in states(manifest).items() if outcome.status not in (DONE, FAILED)}
     with Display(len(waiting)) as display:
         while True:
-            jobs, over = active(manifest), _over(manifest)
-            found = states(manifest, jobs)
+            jobs, found = active(manifest), states(manifest)
             for cell in manifest.cells:
-                if cell.id in waiting and (cell.id in over or cell.id not in jobs):
+                # SLURM may still list the job of a cell that has ended
+                over = found[cell.id].status in (DONE, FAILED)
+                if cell.id in waiting and (over or cell.id not in jobs):
                     waiting.remove(cell.id)
                     display.show(manifest, cell, found[cell.id])
             new = extend(manifest)
@@ -128,10 +129,6 @@ def _follow(manifest: Manifest, extend: Callable[[Manifest], Manifest]) -> Manif
             elif not jobs:
                 return manifest
             time.sleep(POLL)
-
-
-def _over(manifest: Manifest) -> set[str]:
-    return {name for name, outcome in states(manifest).items() if outcome.status in (DONE, FAILED)}
 
 
 def _executor(manifest: Manifest, cell: Cell) -> Any:

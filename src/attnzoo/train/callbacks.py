@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from attnzoo.signals import on_stop
 from attnzoo.train.checkpoint import FOLDER, save_checkpoint
 from attnzoo.train.module import LanguageModule
 
@@ -55,12 +56,8 @@ def deaf() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop(signal.SIG_IGN):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class GracefulStop(Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from attnzoo import card, list_variants
+from attnzoo.registry import lacking
 
 SECONDS = 0.3  # of one-token steps at one context length
 LEAST = 3  # steps, however slow
@@ -101,7 +101,5 @@ def _obstacle(trainer: Trainer, model: nn.Module, steps: int) -> str:
         return f"the model is sharded by {type(trainer.strategy).__name__}"
     if model.objective is not None:
         return f"the model is not decoded token by token, but by {model.objective}"
-    known = set(list_variants())
-    names = {name for mixer in model.mixers for name in (mixer.name, *mixer.options.get("add", ()))} & known
-    stuck = sorted(name for name in names if not card(name).traits["decodes"])
+    stuck = sorted({name for mixer in model.mixers for name in lacking(mixer, "decodes")})
     return f"{', '.join(stuck)} cannot decode" if stuck else ""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from attnzoo import Collector, Context, card, list_variants
+from attnzoo import Collector, Context
 from attnzoo.data import IGNORED
+from attnzoo.registry import lacking
 from attnzoo.train.batches import Batch
 from attnzoo.train.diffusion import Diffusion
 from attnzoo.train.metrics import Measured
@@ -48,10 +49,8 @@ class NextToken:
     measures = "negative log-likelihood"
 
     def __init__(self, model: nn.Module) -> None:
-        known = set(list_variants())
         for i, mixer in enumerate(getattr(model, "mixers", ())):
-            names = {mixer.name, *mixer.options.get("add", ())} & known
-            for name in sorted(n for n in names if not card(n).traits["causal"]):
+            for name in lacking(mixer, "causal"):
                 raise ValueError(
                     f"model.layout: next-token loss needs layers that see no later token, got {name!r} in "
                     f"layer {i}; train it by an objective of its own"

@@ -8,7 +8,6 @@ scripts and plotly.js are written into the file, and its content security policy
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from attnzoo.compare.page.pareto import pareto_plots
 from attnzoo.compare.page.profile import profile_plot
 from attnzoo.compare.page.records import arm_records, run_records
 from attnzoo.compare.page.tables import claims_table, metrics_table, results_table
+from attnzoo.train.checkpoint import write_atomic
 
 HERE = Path(__file__).parent
 STYLES = ("colours.css", "page.css", "tables.css", "print.css")
@@ -42,9 +42,8 @@ def write_page(comparison: dict[str, Any], path: Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(comparison), encoding="utf-8")
-    os.replace(partial, path)
+    page = render(comparison).encode()
+    write_atomic(path, lambda file: file.write(page))
 
 
 def render(comparison: dict[str, Any]) -> str:

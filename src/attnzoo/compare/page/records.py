@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from attnzoo.compare.arms import flatten
 from attnzoo.compare.page.facts import BUDGETS
 from attnzoo.compare.page.numbers import grouped, quantity
 
@@ -122,15 +123,9 @@ def run_records(comparison: dict[str, Any]) -> dict[str, Any] | None:
     return {"shared": [(key, _shown(value)) for key, value in shared.items()], "runs": runs}
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping with dotted keys; an empty one has none."""
+    return {key: value for key, value in flatten(tree) if not isinstance(value, Mapping)}
 
 
 def _summed(key: str, value: Any) -> str:
