@@ -52,11 +52,11 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         for name in ("max_steps", "max_tokens", "val_every"):
             if getattr(self, name) is not None:
-                _check_int(f"trainer.{name}", getattr(self, name), 1)
-        _check_int("trainer.accumulate", self.accumulate, 1)
-        _check_int("trainer.log_every", self.log_every, 1)
+                check_whole(f"trainer.{name}", getattr(self, name), 1)
+        check_whole("trainer.accumulate", self.accumulate, 1)
+        check_whole("trainer.log_every", self.log_every, 1)
         for name in ("decode_tokens", "sample_tokens"):
-            _check_int(f"trainer.{name}", getattr(self, name), 0)
+            check_whole(f"trainer.{name}", getattr(self, name), 0)
         _check_choice("trainer.precision", self.precision, PRECISIONS)
         for name in ("compile", "checkpoint_activations"):
             if not isinstance(getattr(self, name), bool):
@@ -164,7 +164,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
         raise ValueError(f"{name}: must be a number{bounds}, got {value!r}")
 
 
-def _check_int(name: str, value: Any, low: int) -> None:
+def check_whole(name: str, value: Any, low: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name}: must be an integer of at least {low}, got {value!r}")
 
