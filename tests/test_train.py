@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo import Context
 from attnzoo.data import targets
+from attnzoo.signals import STOPS
 from attnzoo.train.batches import collate
 from attnzoo.train.guard import RunFailed, find_culprit
 from attnzoo.train.prepare import Run, prepare
@@ -198,19 +199,27 @@ def test_mfu_counts_what_runs() -> None:
 
 
 class Interrupt(Callback):
-    """Presses Ctrl-C in the middle of the second step."""
+    """Sends a signal in the middle of the second step, twice at once as launchers do."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def on_train_batch_start(self, trainer: object, module: object, batch: object, batch_idx: int) -> None:
         if batch_idx == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.number)
+            os.kill(os.getpid(), self.number)
 
 
-def test_an_interruption_finishes_the_step_and_saves(tmp_path: Path) -> None:
-    handler = signal.getsignal(signal.SIGINT)
-    _, summary = train(tmp_path, f"+callbacks.interrupt._target_={__name__}.Interrupt")
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+def test_a_stop_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
+    handler = signal.getsignal(number)
+    interrupt = "+callbacks.interrupt"
+    options = (f"{interrupt}._target_={__name__}.Interrupt", f"{interrupt}.number={int(number)}")
+    _, summary = train(tmp_path, *options)
     assert (summary["status"], summary["steps"]) == ("stopped", 2)
+    assert summary["stopped_by"] == number.name
     assert (tmp_path / "run" / "checkpoints" / "step-00000002.pt").exists()
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

@@ -1,21 +1,78 @@
-"""What Ctrl-C and SIGTERM do for a while."""
+"""The signals that ask a run to stop: Ctrl-C, SIGTERM, and SIGUSR1, which announces a preemption."""
 
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
+
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# launchers pass a Ctrl-C on that the terminal has sent to every process already
+ECHO = 1.0  # seconds within which a second one is the first
+
+
+def listen(handler: Handler) -> dict[int, Any]:
+    """Handle the stop signals by ``handler``; returns the handlers before, for `signal.signal`.
+
+    What whoever started this process had it ignore stays ignored. For the main thread, which alone may.
+    """
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 @contextmanager
 def on_stop(handler: Handler) -> Iterator[None]:
-    """Handle both signals by ``handler``, then as before; for the main thread, which alone may."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Handle the stop signals by ``handler`` for a while, then as before."""
+    previous = listen(handler)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ignore the stop signals for the moments in which a run that has ended writes what came out of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with on_stop(signal.SIG_IGN):
+        yield
+
+
+class Request:
+    """The first stop signal becomes ``tell(number)``; a second Ctrl-C does what Ctrl-C did before.
+
+    Schedulers send SIGTERM and SIGUSR1 more than once, to a process and to its parent, while its last step
+    is still running; they end with SIGKILL.
+    """
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.tell, self.told = tell, None
+        self._previous = listen(self._hear) if threading.current_thread() is threading.main_thread() else {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.told is None:
+            self.told = now
+            self.tell(number)
+        elif number == signal.SIGINT and now - self.told > ECHO:
+            self.close()
+            signal.raise_signal(number)
+
+    def close(self) -> None:
+        """Handle the signals as before."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+
+def exit_code(number: int) -> int:
+    """The code with which a process ends that a signal has stopped, as shells and schedulers count."""
+    return 128 + number

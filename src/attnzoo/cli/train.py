@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from attnzoo.cli import INTERRUPTED, report
+from attnzoo.cli import report
 from attnzoo.cli.overrides import order
 from attnzoo.cli.tree import config_folder, plain_errors, store_variants
+from attnzoo.signals import exit_code
 from attnzoo.train.settings import nearest
+
+STOPPED = exit_code(0)  # codes from here on are of signals
 
 
 def train(arguments: list[str]) -> int:
@@ -26,7 +30,8 @@ def train(arguments: list[str]) -> int:
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     def job(config: DictConfig) -> None:
         with _argv(command_line):  # Lightning starts further ranks with it
-            codes.append(_train_one(config))
+            # what stopped one job of a multirun stops the others
+            codes.append(codes[-1] if codes[-1] >= STOPPED else _train_one(config))
 
     _check_flags(arguments)
     store_variants()
@@ -47,7 +52,7 @@ def _train_one(config: DictConfig) -> int:
         return report(error)
     if summary["status"] == "stopped":
         print(f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}")
-        return INTERRUPTED
+        return exit_code(signal.Signals[summary["stopped_by"]])
     loss, share, bits = (summary[key] for key in ("val_loss", "val_accuracy", "val_bpb"))
     if run.corpus.labelled:
         print(f"validation: {share:.1%} correct (loss {loss:.3f} per answer)")

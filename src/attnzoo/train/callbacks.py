@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from attnzoo.signals import on_stop
+from attnzoo.signals import Request
 from attnzoo.train.checkpoint import FOLDER, save_checkpoint
 from attnzoo.train.module import LanguageModule
 
@@ -50,37 +46,18 @@ class Checkpoint(Callback):
         self._saved = step
 
 
-@contextmanager
-def deaf() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM for the moments in which a run that has ended writes what came out of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    with on_stop(signal.SIG_IGN):
-        yield
-
-
 class GracefulStop(Callback):
-    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; a second one aborts."""
+    """The first stop signal ends the run after its step, with a checkpoint; a second Ctrl-C aborts it."""
 
     def on_train_start(self, trainer: Trainer, module: LanguageModule) -> None:
-        self._previous: dict[int, Any] = {}
-        if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may handle signals
+        def tell(number: int) -> None:
+            module.stop_signal = number
 
-        def request(number: int, frame: Any) -> None:
-            module.stop_requested = True
-            self._restore()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, request)
+        self._request = Request(tell)
 
     def on_train_end(self, trainer: Trainer, module: LanguageModule) -> None:
-        self._restore()
+        self._request.close()
 
     def on_exception(self, trainer: Trainer, module: LanguageModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        if hasattr(self, "_request"):
+            self._request.close()

@@ -76,7 +76,7 @@ class LanguageModule(pl.LightningModule):
         self.progress = Progress(**resume["progress"]) if resume else Progress()
         self.metrics: dict[str, Any] = {}
         self.status = "failed"  # until the run ends in another way
-        self.stop_requested = False
+        self.stop_signal = 0  # the signal that asked for an end
         self.meter: Meter | None = None
         self._resume = resume
         if trainer.checkpoint_activations:
@@ -154,7 +154,7 @@ class LanguageModule(pl.LightningModule):
         """Make the gradients those of the token-weighted mean, clip them, and stop on what is not finite."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         now = time.perf_counter() - self._epoch
-        sums = torch.cat([self._sums, self._sums.new_tensor([now, float(self.stop_requested)])])
+        sums = torch.cat([self._sums, self._sums.new_tensor([now, float(self.stop_signal > 0)])])
         if self.trainer.world_size > 1:
             dist.all_reduce(sums)
         norm = torch.nn.utils.get_total_norm(grads)
@@ -182,8 +182,16 @@ class LanguageModule(pl.LightningModule):
         if validate or self._stop or step % self.settings.log_every == 0:
             self._report(validate)
         if finished or self._stop:
+            self._agree_on_signal()
             self.status = "completed" if finished else "stopped"
             self.trainer.should_stop = True
+
+    def _agree_on_signal(self) -> None:
+        # it may have reached some of the ranks only, and all of them end by it
+        if self.trainer.world_size > 1:
+            number = torch.tensor(float(self.stop_signal), device=self.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.stop_signal = int(number)
 
     def _tell_layers(self, step: int) -> None:
         """What changes in the layers outside the gradient, the same on every rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -18,8 +19,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from attnzoo.model import generate
+from attnzoo.signals import deaf
 from attnzoo.train.batches import CounterBatches, train_loader
-from attnzoo.train.callbacks import Checkpoint, GracefulStop, deaf
+from attnzoo.train.callbacks import Checkpoint, GracefulStop
 from attnzoo.train.decode_speed import decode_summary
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.folder import environment, versions, write_json
@@ -144,6 +146,7 @@ def _close_folder(run: Run, trainer: pl.Trainer, module: LanguageModule, **more:
         "variant": run.model.config["layout"],
         "seed": run.plan.seed,
         "status": module.status,
+        "stopped_by": signal.Signals(module.stop_signal).name if module.status == "stopped" else None,
         "params": run.cost.params,
         "tokens": module.progress.tokens,
         "steps": module.progress.step,
