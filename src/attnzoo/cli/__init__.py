@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--samples", type=int, default=16, help="of text for calibration")
     convert.set_defaults(command=_command("convert", "convert_command"))
 
+    export = commands.add_parser("export", help="weights of a run as safetensors, with config and tokenizer")
+    export.add_argument("run", help="a run folder or a checkpoint")
+    export.add_argument("out", help="the new folder; attnzoo.load and init_from take it")
+    export.set_defaults(command=_command("export", "export_command"))
+
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which implementation each variant uses here"
     )

@@ -17,8 +17,9 @@ from attnzoo import load
 from attnzoo.cli.zoo import table
 from attnzoo.convert import convert
 from attnzoo.data import build_data
-from attnzoo.train.checkpoint import FOLDER, find_checkpoint, read_checkpoint, save_checkpoint
+from attnzoo.train.checkpoint import find_checkpoint, read_checkpoint
 from attnzoo.train.folder import check_folder
+from attnzoo.train.store import FOLDER, save_checkpoint
 
 
 def convert_command(options: argparse.Namespace) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
 from attnzoo.signals import Request
-from attnzoo.train.checkpoint import FOLDER, save_checkpoint
+from attnzoo.train.draws import gather_draw_states, restore_draw_states
+from attnzoo.train.guard import RunFailed
 from attnzoo.train.module import LanguageModule
+from attnzoo.train.store import FOLDER, save_checkpoint
+from attnzoo.train.writer import Writer, to_cpu
 
 
 class Checkpoint(Callback):
@@ -18,16 +22,29 @@ class Checkpoint(Callback):
     Args:
         every: optimiser steps between two checkpoints; None for one at the end only.
         keep: how many of the newest to keep.
+        keep_every: keep those at multiples of so many steps for good; None for none.
+        background: write in a thread while training goes on; a copy of the whole state waits in memory.
+            A failure ends the run at the next checkpoint or at the end.
     """
 
-    def __init__(self, every: int | None = None, keep: int = 1) -> None:
-        for name, value in (("every", every), ("keep", keep)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+    def __init__(
+        self,
+        every: int | None = None,
+        keep: int = 1,
+        keep_every: int | None = None,
+        background: bool = False,
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (value is None and name != "keep") and (not whole or value < 1):
                 raise ValueError(
                     f"callbacks.checkpoint.{name}: must be an integer of at least 1, got {value!r}"
                 )
-        self.every, self.keep = every, keep
-        self.about: dict[str, Any] = {}  # data and vocabulary, set by the run
+        if not isinstance(background, bool):
+            raise ValueError(f"callbacks.checkpoint.background: must be true or false, got {background!r}")
+        self.every, self.keep, self.keep_every = every, keep, keep_every
+        self.about: dict[str, Any] = {}  # of the run: data, vocabulary, configuration, versions
+        self._writer = Writer(background)
 
     def on_train_start(self, trainer: Trainer, module: LanguageModule) -> None:
         self._saved = module.progress.step
@@ -37,13 +54,68 @@ class Checkpoint(Callback):
         if step == self._saved or not (trainer.should_stop or (self.every and step % self.every == 0)):
             return
         with module.meter.pause():
-            content = module.checkpoint()
-            if trainer.is_global_zero:
-                save_checkpoint(
-                    Path(trainer.default_root_dir) / FOLDER, step, self.about | content, self.keep
-                )
-            trainer.strategy.barrier()
+            self._settle(trainer, module)  # the one before
+            self._save(trainer, module)
+            if not self._writer.background:
+                self._settle(trainer, module)
         self._saved = step
+
+    def _save(self, trainer: Trainer, module: LanguageModule) -> None:
+        content = self.about | module.checkpoint() | position(module)
+        content["draws"] = gather_draw_states(trainer.world_size)
+        if not trainer.is_global_zero:
+            return
+        if self._writer.background:
+            content = to_cpu(content)
+        folder, step = Path(trainer.default_root_dir) / FOLDER, module.progress.step
+        self._writer.start(lambda: save_checkpoint(folder, step, content, self.keep, self.keep_every))
+
+    def _settle(self, trainer: Trainer, module: LanguageModule) -> None:
+        """Wait for what is being written; all ranks fail together, so that none waits for another."""
+        failure = self._writer.finish() if trainer.is_global_zero else None
+        failure = trainer.strategy.broadcast(failure)
+        if failure:
+            module.status = "failed"
+            raise RunFailed(failure)
+
+    def on_train_end(self, trainer: Trainer, module: LanguageModule) -> None:
+        self._settle(trainer, module)
+
+    def on_exception(self, trainer: Trainer, module: LanguageModule, exception: BaseException) -> None:
+        failure = self._writer.finish()
+        if failure and failure != str(exception):
+            print(failure, flush=True)  # the exception is what ends the run
+
+
+def position(module: LanguageModule) -> dict[str, Any]:
+    """Where the schedule and the data are; a checkpoint is taken between steps, so no micro-batch is open."""
+    plan, step = module.plan, module.progress.step
+    return {
+        "schedule": {
+            "step": step,
+            "total_steps": plan.total_steps,
+            "max_seconds": module.settings.max_seconds,
+            "lr": max(group["lr"] for group in module.optimizer.param_groups),
+        },
+        "position": {"sample": step * plan.batch_size, "micro": 0, "accumulate": module.settings.accumulate},
+        "metrics": module.metrics,
+    }
+
+
+class Draws(Callback):
+    """Goes on with the checkpoint's random generators, before anything of the first step draws.
+
+    Args:
+        states: of each rank of the run that was saved; further ranks start as a new run does.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+        self.states = list(states)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LanguageModule, *args: Any) -> None:
+        if trainer.global_rank < len(self.states):
+            restore_draw_states(self.states[trainer.global_rank])
+        self.states = []
 
 
 class GracefulStop(Callback):

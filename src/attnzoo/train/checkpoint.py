@@ -1,107 +1,25 @@
-"""Checkpoints: complete or absent, plain tensors and values, loadable without running any pickled code."""
+"""Checkpoints as they are read: plain tensors and values, verified, without running any pickled code."""
 
 from __future__ import annotations
 
-import errno
-import os
 import pickle
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from attnzoo.train.guard import RunFailed
+from attnzoo.train.export import is_export, read_export
+from attnzoo.train.store import FOLDER, FORMAT, LAST, NAME, damage, newest_intact
 
-FORMAT = 1
-FOLDER = "checkpoints"
-LAST = "last"  # a text file that names the newest complete checkpoint
+# format 1 lacks the states of random generators, which no layer of ours needs, and what only informs
+FORMATS = (1, FORMAT)
 KEYS = ("model", "model_config", "tokenizer", "identity", "optimizer", "progress")
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file that is either complete or absent, whatever happens meanwhile.
-
-    The bytes go to a temporary file of the same folder, reach the disk, and only then take the name.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # the file is in place, and not every system can flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def save_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Add a checkpoint to ``folder``, point `last` to it, then remove all but the newest ``keep``.
-
-    Raises:
-        RunFailed: the disk took no complete checkpoint; the earlier ones and `last` are as they were.
-    """
-    path = folder / f"step-{step:08d}.pt"
-    try:
-        folder.mkdir(exist_ok=True)
-        for stale in folder.glob(".*.tmp"):  # of a process that was killed while writing
-            stale.unlink()
-        write_atomic(path, lambda file: _save(content, file))
-        write_atomic(folder / LAST, lambda file: file.write(f"{path.name}\n".encode()))
-    except OSError as error:
-        reason = (
-            "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error)
-        )
-        pointer = folder / LAST
-        good = (
-            f"the last good one is {folder / pointer.read_text().strip()}"
-            if pointer.exists()
-            else "there is none"
-        )
-        raise RunFailed(
-            f"checkpoint of step {step}: {reason}; {good}; make room and resume with ckpt_path"
-        ) from error
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def _save(content: dict[str, Any], file: IO[bytes]) -> None:
-    # torch's writer turns a failed write into an error of its own that no longer says why
-    watched = _Watched(file)
-    try:
-        torch.save({"format": FORMAT, **content}, watched)
-    except RuntimeError as error:
-        raise watched.error or error from error
-
-
-class _Watched:
-    """A binary file that remembers why a write failed."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.error = file, None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def find_checkpoint(path: str | Path, field: str = "ckpt_path") -> Path:
-    """The checkpoint file that a run folder, a checkpoints folder, a `last` pointer or a file stands for.
+    """The checkpoint that a run folder, a checkpoints folder, a `last` pointer or its own name stands for.
 
     Raises:
         ValueError: there is none; ``field`` names the option to mend.
@@ -109,8 +27,11 @@ def find_checkpoint(path: str | Path, field: str = "ckpt_path") -> Path:
     given = Path(path)
     for pointer in (given / FOLDER / LAST, given / LAST, given):
         if pointer.name == LAST and pointer.is_file():
-            return pointer.parent / pointer.read_text().strip()
-    if given.is_file():
+            name = pointer.read_text(errors="replace").strip()
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{field}: {str(pointer)!r} is damaged; {_way_out(pointer, field)}")
+            return pointer.parent / name
+    if given.is_file() or is_export(given):
         return given
     what = "holds no complete checkpoint" if given.is_dir() else "does not exist"
     raise ValueError(f"{field}: {str(path)!r} {what}; give a run folder or a file of its {FOLDER}/")
@@ -120,20 +41,32 @@ def read_checkpoint(path: str | Path, field: str = "ckpt_path") -> dict[str, Any
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        ValueError: no such file, or it is truncated or something else than a checkpoint of this library.
+        ValueError: no such file, or it is damaged, or something else than a checkpoint of this library. The
+            message names the newest intact one beside it; nothing is read instead of what was asked for.
     """
     file = find_checkpoint(path, field)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{field}: {str(file)!r} does not exist") from None
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{field}: {str(file)!r} is truncated or no checkpoint of plain tensors; use another file"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not set(KEYS) <= set(content):
-        raise ValueError(f"{field}: {str(file)!r} is not a checkpoint of attnzoo (format {FORMAT})")
+    if is_export(file):
+        return read_export(file, field)
+    reason = damage(file)
+    if reason is None:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            reason = "is truncated or no checkpoint of plain tensors"
+    if reason:
+        raise ValueError(f"{field}: {str(file)!r} {reason}; {_way_out(file, field)}")
+    known = isinstance(content, dict) and content.get("format") in FORMATS and set(KEYS) <= set(content)
+    if not known:
+        raise ValueError(f"{field}: {str(file)!r} is not a checkpoint of attnzoo (formats {FORMATS})")
     return content
+
+
+def _way_out(file: Path, field: str) -> str:
+    other = newest_intact(file.parent, without=[file])
+    if other is None:
+        return "there is no intact one beside it; use another run or start a new one"
+    more = f" hydra.run.dir={other.parent.parent}" if field == "ckpt_path" else ""
+    return f"the newest intact one beside it is {str(other)!r}: give {field}={other}{more}"
 
 
 def load_weights(model: nn.Module, checkpoint: Mapping[str, Any], field: str = "ckpt_path") -> None:
@@ -169,7 +102,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
-    """The model, ready to generate, and the tokenizer of a run folder or of one of its checkpoints.
+    """The model, ready to generate, and the tokenizer of a run folder, of one of its checkpoints or of an export.
 
     Raises:
         ValueError: no complete checkpoint, no tokenizer beside it, or one with another vocabulary.
@@ -179,7 +112,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
 
     file = find_checkpoint(path, "checkpoint")
     checkpoint = read_checkpoint(file, "checkpoint")
-    folder = file.parent.parent / "tokenizer"
+    folder = (file if is_export(file) else file.parent.parent) / "tokenizer"
     if not folder.is_dir():
         raise ValueError(
             f"checkpoint: {str(file)!r} has no tokenizer at {str(folder)!r}; keep the run folder together"

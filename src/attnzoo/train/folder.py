@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import attnzoo
-from attnzoo.train.checkpoint import FOLDER, find_checkpoint, write_atomic
 from attnzoo.train.hardware import device_name
+from attnzoo.train.store import FOLDER, LAST, newest_intact, step_of, write_atomic
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", FOLDER)
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "datasets", "tokenizers", "triton")
@@ -30,8 +30,11 @@ def check_folder(folder: Path, resume_from: Path | None) -> None:
             f"hydra.run.dir: {str(folder)!r} holds another run; give a new folder, or go on with it by "
             f"ckpt_path={folder}"
         )
-    newest = find_checkpoint(folder)
-    if newest.resolve() != resume_from.resolve():
+    pointer = folder / FOLDER / LAST
+    if pointer.is_file() and pointer.read_text(errors="replace").strip() == resume_from.name:
+        return
+    newest = newest_intact(folder / FOLDER)  # what is damaged is no reason to keep out of the folder
+    if newest is not None and step_of(newest) > step_of(resume_from):
         raise ValueError(
             f"hydra.run.dir: {str(folder)!r} is already at {newest.stem}; to go back to {resume_from.stem} "
             "give a new folder"

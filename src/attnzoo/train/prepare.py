@@ -22,6 +22,8 @@ from attnzoo import Collector, Context, create_model
 from attnzoo.cost import Cost
 from attnzoo.data import Corpus, build_data
 from attnzoo.data.config import DataConfig, parse_data
+from attnzoo.parallel.context import check_spans
+from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.train.checkpoint import (
     check_vocabulary,
     differences,
@@ -48,6 +50,7 @@ class Run:
     folder: Path
     trainer: TrainerSettings
     optim: OptimSettings
+    launcher: LauncherSettings
     corpus: Corpus
     model: nn.Module
     cost: Cost
@@ -68,6 +71,7 @@ def prepare(config: DictConfig) -> Run:
             "or attnzoo train launcher=local inside a job of your own"
         )
     trainer, optim, data = read_groups(plain)
+    launcher = read_launcher(plain)
     folder, seed, field, start = Path(plain["run_dir"]), plain["seed"], *_starting_point(plain)
     if pl.utilities.rank_zero_only.rank == 0:
         check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
@@ -89,7 +93,7 @@ def prepare(config: DictConfig) -> Run:
         check_vocabulary(corpus.tokenizer, checkpoint, field)
         load_weights(model, checkpoint, field)
     resume = checkpoint if field == "ckpt_path" else None
-    run = Run(plain, folder, trainer, optim, corpus, model, cost, plan, resume)
+    run = Run(plain, folder, trainer, optim, launcher, corpus, model, cost, plan, resume)
     if resume:
         _check_resume(run)
     return run
@@ -105,6 +109,12 @@ def read_groups(config: Mapping[str, Any]) -> tuple[TrainerSettings, OptimSettin
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed: must be a whole number of at least 0, got {seed!r}")
     return trainer, optim, data
+
+
+def read_launcher(config: Mapping[str, Any]) -> LauncherSettings:
+    """What the `launcher` group says of the ranks, checked; the rest is for a scheduler."""
+    ours = {key: value for key, value in config["launcher"].items() if key != "slurm"}
+    return read_settings("launcher", LauncherSettings, ours)
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
@@ -129,7 +139,9 @@ def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
     with FakeTensorMode():
         model = create_model(**model_options(config, vocab_size=256))
         objective_of(model)
-        data = config["data"]
+        data, launcher = config["data"], read_launcher(config)
+        for length in {data["seq_len"], data.get("val_seq_len") or data["seq_len"]}:
+            check_spans(model, launcher.context_parallel, length)
         rows = max(1, data["batch_size"] // trainer.accumulate)  # of a micro-batch, on a single rank
         longest = max(data["seq_len"], data.get("val_seq_len") or 0)
         tokens = torch.zeros(rows, longest, dtype=torch.long)
@@ -161,19 +173,33 @@ def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:
             "init_from: excludes ckpt_path, which goes on with a run instead of starting a new one; "
             f"got {config['init_from']!r} and {config['ckpt_path']!r}"
         )
+    if not isinstance(config.get("ckpt_force", False), bool):
+        raise ValueError(f"ckpt_force: must be true or false, got {config['ckpt_force']!r}")
     field = "ckpt_path" if config["ckpt_path"] else "init_from"
     return field, config[field]
 
 
 def _check_resume(run: Run) -> None:
-    """A resumed run must see the same samples with the same model."""
+    """A resumed run must see the same samples with the same model, unless ``ckpt_force``."""
     there = run.resume["model_config"] | run.resume["identity"]
     here = dict(run.model.config) | identity(run)
     changed = differences(
         *({k: v for k, v in side.items() if k not in FREE_ON_RESUME} for side in (there, here))
     )
-    if changed:
-        raise ValueError(f"ckpt_path: a resumed run must not change: {'; '.join(changed)}; or use init_from")
+    saved, tokenizer = run.resume["tokenizer"], run.corpus.tokenizer
+    if saved["fingerprint"] != tokenizer.fingerprint:
+        changed.insert(
+            0,
+            f"tokenizer is one of {saved['vocab_size']} tokens ({saved['fingerprint'][:8]}) there and of "
+            f"{tokenizer.vocab_size} ({tokenizer.fingerprint[:8]}) here",
+        )
+    if changed and not run.config.get("ckpt_force"):
+        raise ValueError(
+            f"ckpt_path: a resumed run must not change: {'; '.join(changed)}; use init_from, or "
+            "ckpt_force=true to go on all the same"
+        )
+    if changed and pl.utilities.rank_zero_only.rank == 0:
+        print(f"ckpt_force: going on although {'; '.join(changed)}", flush=True)
     check_named_state(run.model, run.optim, run.resume["optimizer"])
     done = Progress(**run.resume["progress"])
     for field, before, limit in (

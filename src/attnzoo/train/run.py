@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from attnzoo.model import generate
 from attnzoo.signals import deaf
 from attnzoo.train.batches import CounterBatches, train_loader
-from attnzoo.train.callbacks import Checkpoint, GracefulStop
+from attnzoo.train.callbacks import Checkpoint, Draws, GracefulStop
 from attnzoo.train.decode_speed import decode_summary
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.folder import environment, versions, write_json
@@ -81,7 +81,9 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
     mps = torch.backends.mps.is_available() and wanted in ("auto", "gpu", "mps") and not gpu
     device = torch.device("cuda" if gpu else "mps" if mps else "cpu")
     precision, reason = choose_precision(run.trainer.precision, device, run.model.config["dim"])
-    callbacks = [GracefulStop(), *_instances(run.config["callbacks"])]
+    draws = run.resume.get("draws", []) if run.resume else []
+    callbacks = [Draws(draws), GracefulStop(), *_instances(run.config["callbacks"])]
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # it saves what the others did
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
             callback.about = {
@@ -90,6 +92,8 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
                     "fingerprint": run.corpus.tokenizer.fingerprint,
                     "vocab_size": run.corpus.tokenizer.vocab_size,
                 },
+                "config": run.config,
+                "versions": versions(),
             }
     try:
         trainer = pl.Trainer(

@@ -27,7 +27,7 @@ from attnzoo.compare.page.pareto import pareto_plots
 from attnzoo.compare.page.profile import profile_plot
 from attnzoo.compare.page.records import arm_records, run_records
 from attnzoo.compare.page.tables import claims_table, metrics_table, results_table
-from attnzoo.train.checkpoint import write_atomic
+from attnzoo.train.store import write_atomic
 
 HERE = Path(__file__).parent
 STYLES = ("colours.css", "page.css", "tables.css", "print.css")
