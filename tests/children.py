@@ -1,8 +1,8 @@
-"""Functions of the tests as processes of their own, which may be killed, without paying for the imports each time.
+"""Functions of the tests as processes of their own, which may be killed, without paying for imports again.
 
-One server process imports the library and its trainer once, on one thread and before any other thread starts;
-every child is a fork of it. (The test process itself must not be forked: its autograd threads would be missing.)
-A child leads a process group of its own, so that nothing it starts outlives it.
+One server process imports the library and its trainer once, before any other thread starts, and every child
+is a fork of it. (The test process itself cannot be forked: torch refuses to compute gradients in a fork of a
+process that has computed some.) A child leads a process group, so that nothing it starts outlives it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PRELOAD = ["runs"]  # the composing of a configuration and the trainer
+PRELOAD = ["preload"]
 TIMEOUT = 120.0  # seconds
 
 
