@@ -66,7 +66,7 @@ def counted_bits(corpus: Any) -> tuple[float, Tensor]:
     """Bits per byte of a unigram model of the training text; bits per token ``(T,)`` of a bigram model, by
     position.
     """
-    size, text = corpus.tokenizer.vocab_size, torch.from_numpy(corpus.train.tokens[:].astype("int64"))
+    size, text = corpus.tokenizer.vocab_size, torch.from_numpy(corpus.train.read(0, len(corpus.train)).tokens)
     unigram = torch.bincount(text, minlength=size) + 1.0
     unigram = unigram / unigram.sum()
     pairs = torch.bincount(text[:-1] * size + text[1:], minlength=size**2).view(size, size).float()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from attnzoo.data import Corpus, HFTokenizer, build_data, collate, targets
 from attnzoo.data.split import plan_split
+from attnzoo.data.stream import Piece
 from attnzoo.data.tokenizer import train_bpe
 
 BYTES = {"name": "bytes"}
@@ -49,10 +50,16 @@ def data(folder: Path) -> dict:
 
 def texts_of(corpus: Corpus, split: str) -> list[str]:
     """The documents of a split, decoded from its stream."""
+    whole = everything(corpus, split)
+    ends = np.flatnonzero(whole.tokens == corpus.tokenizer.eos_id)
+    assert ends.tolist() == whole.ends.tolist()
+    return [corpus.tokenizer.decode(part[:-1]) for part in np.split(whole.tokens, ends + 1)[:-1]]
+
+
+def everything(corpus: Corpus, split: str) -> Piece:
+    """All of a split."""
     stream = getattr(corpus, split)
-    ends = np.flatnonzero(stream.tokens == corpus.tokenizer.eos_id)
-    assert (ends + 1).tolist() == stream.starts[1:].tolist()
-    return [corpus.tokenizer.decode(part[:-1]) for part in np.split(stream.tokens, ends + 1)[:-1]]
+    return stream.read(0, len(stream))
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
@@ -147,7 +154,7 @@ def test_an_epoch_counts_every_byte_once(data: dict, folder: Path, tmp_path: Pat
         tokenizer = {"name": "saved", "path": str(tmp_path / "tokenizer")}
     raw = [*documents(), "e\u0301" * 4]  # which NFC makes shorter
     (folder / "zz.txt").write_text(raw[-1])
-    length = len(build_data(data, tokenizer).train.tokens)
+    length = len(build_data(data, tokenizer).train)
     seq_len = next(t for t in range(2, length) if length % t == 0)  # an epoch leaves no remainder
     corpus = build_data({**data, "seq_len": seq_len}, tokenizer)
     counted = sum(corpus.sample(n)["target_bytes"].item() for n in range(length // seq_len))
@@ -218,5 +225,5 @@ def test_held_out_set_is_fixed(data: dict):
     assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(*sets, strict=True))
     whole = build_data({**data, "val_samples": None}, BYTES)
     cuts = [sample["tokens"][:-1] for sample in whole.validation()]
-    assert torch.cat(cuts).tolist() == whole.val.tokens[: 16 * len(cuts)].tolist()
-    assert len(cuts) == (len(whole.val.tokens) - 1) // 16
+    assert torch.cat(cuts).tolist() == everything(whole, "val").tokens[: 16 * len(cuts)].tolist()
+    assert len(cuts) == (len(whole.val) - 1) // 16

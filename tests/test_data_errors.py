@@ -142,7 +142,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], dict], str]] = {
         lambda p: {**bad(p, "a" * 99, "txt"), "cache_dir": str(p / "bad.txt")},
         r"data\.cache_dir: '.*bad\.txt.*' cannot be written \(.*\); set data\.cache_dir or ATTNZOO_CACHE",
     ),
-    "unknown corpus": (lambda p: {"name": "txt"}, r"data\.name: must be one of stdlib, text, hf, got 'txt'"),
+    "unknown corpus": (
+        lambda p: {"name": "txt"},
+        r"data\.name: must be one of stdlib, text, hf, tokens, stream, mix, got 'txt'",
+    ),
     "unknown key": (
         lambda p: {"sequence_len": 4},
         r"data\.sequence_len: no such key, got 4; did you mean 'seq_len'\?",

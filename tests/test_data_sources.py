@@ -29,6 +29,11 @@ def build(**data) -> Corpus:
     return build_data({"seq_len": 8, "val_fraction": 0.2, **data}, BYTES)
 
 
+def text_of(corpus: Corpus, split: str) -> str:
+    stream = getattr(corpus, split)
+    return corpus.tokenizer.decode(stream.read(0, len(stream)).tokens)
+
+
 def write(place: Path, form: str, texts: list[str] = TEXTS, field: str = "text") -> Path:
     """`texts` as plain files, JSON lines, parquet or a saved dataset."""
     rows = {"id": list(range(len(texts))), field: texts}
@@ -98,13 +103,13 @@ def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"good " * 9 + b"\xff bad")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "good good \xff bad"}\n{"text": "half \\ud83d a pair"}\n')
     corpus = build(name="text", path=str(tmp_path), errors="replace")
-    texts = corpus.tokenizer.decode([*corpus.train.tokens, *corpus.val.tokens])
+    texts = text_of(corpus, "train") + text_of(corpus, "val")
     assert texts.count("\ufffd") == 2 and "half ? a pair" in texts
 
 
 def test_stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     corpus = build_data({"name": "stdlib", "max_documents": 20, "val_samples": 4}, BYTES)
-    assert "import" in corpus.tokenizer.decode(corpus.train.tokens)
+    assert "import" in text_of(corpus, "train")
     assert len(corpus.validation()) == 4
     for name in ("a.py", "sub/b.txt", "test/c.py", "site-packages/d.py", "e.bin", "_sysconfigdata_x.py"):
         (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +117,7 @@ def test_stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "lib" / "latin.py").write_bytes("# -*- coding: latin-1 -*- é".encode("latin-1"))
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "lib"))
     corpus = build(name="stdlib", val_fraction=0.5)
-    texts = corpus.tokenizer.decode([*corpus.train.tokens, *corpus.val.tokens])
+    texts = text_of(corpus, "train") + text_of(corpus, "val")
     assert sorted(set(texts.replace("this is ", "").split(", "))) == ["", "a.py", "sub/b.txt"]
 
 

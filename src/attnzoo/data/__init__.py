@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from .corpus import IGNORED, Corpus, TrainStream, ValidationSet, build_data, collate, targets
+from .build import build_data
+from .corpus import IGNORED, Corpus, TrainStream, collate, targets
+from .text import TextCorpus, ValidationSet
 from .tokenizer import ByteTokenizer, HFTokenizer, SymbolTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Corpus",
     "HFTokenizer",
     "SymbolTokenizer",
+    "TextCorpus",
     "Tokenizer",
     "TrainStream",
     "ValidationSet",

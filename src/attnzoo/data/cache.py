@@ -17,46 +17,17 @@ import numpy as np
 
 from .config import DataConfig, TokenizerConfig
 from .corpora import load_documents, source_key
+from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, dtype_for, shard_name
 from .split import SPLITS, Split, digest, plan_split
+from .stream import TokenStream, open_streams
 from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe
 
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 1  # part of the key: raise it whenever the bytes below or the way to them change
-_MANIFEST = "manifest.json"
+_FORMAT = 1  # part of the fingerprint: raise it whenever other tokens come out
 _PIECE = 1 << 20  # characters encoded at once: tokenizers need some hundred bytes of memory per token
 _VOCABULARY_BYTES = 100_000_000  # of training text that a BPE is trained on: more hardly changes it
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenStream:
-    """One split: its documents one after the other, each closed by the end token.
-
-    Attributes:
-        tokens: (N,) memory-mapped ids.
-        starts: (documents + 1,) int64, where each document starts; the last one is N.
-        extra: (documents,) int64, bytes of text less the bytes of its tokens: what a tokenizer's
-            normalisation dropped (positive) or a leading blank of its own added (negative). Zero for bytes.
-    """
-
-    folder: Path
-    split: str
-    tokens: np.ndarray
-    starts: np.ndarray
-    extra: np.ndarray
-
-    @classmethod
-    def open(cls, folder: Path, split: str) -> TokenStream:
-        """Maps the files of `split`; raises OSError or ValueError where one is missing or damaged."""
-        dtype = json.loads((folder / _MANIFEST).read_text())["dtype"]
-        tokens = np.memmap(folder / f"{split}.tokens.bin", dtype=dtype, mode="r")
-        starts, extra = (np.load(folder / f"{split}.{name}.npy") for name in ("starts", "extra"))
-        return cls(folder, split, tokens, starts, extra)
-
-    def __reduce__(self):
-        # A worker process maps the files again; pickled as an array, the stream would travel as a copy.
-        return TokenStream.open, (self.folder, self.split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +60,7 @@ def open_cache(cfg: DataConfig, tokenizer_cfg: TokenizerConfig) -> TokenCache:
     """
     tokenizer = ready_tokenizer(tokenizer_cfg)
     chosen = tokenizer.fingerprint if tokenizer else tokenizer_cfg.vocab_size
-    parts = [_FORMAT, source_key(cfg), cfg.val_fraction, tokenizer_cfg.name, chosen]
+    parts = [_FORMAT, FORMAT, source_key(cfg), cfg.val_fraction, tokenizer_cfg.name, chosen]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     folder = cache_root(cfg) / "tokens" / key
     found = _opened(folder)
@@ -112,12 +83,9 @@ def open_cache(cfg: DataConfig, tokenizer_cfg: TokenizerConfig) -> TokenCache:
 def _opened(folder: Path) -> TokenCache | None:
     """The cache in `folder`, None where it is absent, incomplete or damaged."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if any((folder / name).stat().st_size != size for name, size in manifest["files"].items()):
-            return None
-        streams = [TokenStream.open(folder, split) for split in SPLITS]
-        return TokenCache(manifest["fingerprint"], load_tokenizer(folder / "tokenizer"), *streams)
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest, *streams = open_streams(folder)
+        return TokenCache(manifest.fingerprint, load_tokenizer(folder / "tokenizer"), *streams)
+    except (OSError, ValueError):
         return None
 
 
@@ -157,43 +125,44 @@ def _build(
     if tokenizer is None:
         tokenizer = train_bpe(_vocabulary_text(documents, split), tokenizer_cfg.vocab_size)
     tokenizer.save(folder / "tokenizer")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    for name in SPLITS:
-        _write_split(folder, name, _parts(documents, split, name), tokenizer, dtype)
+    dtype = dtype_for(tokenizer.vocab_size)
+    shards = {
+        name: [_write_split(folder, name, _parts(documents, split, name), tokenizer, dtype)]
+        for name in SPLITS
+    }
     del documents
     shutil.rmtree(raw)
     content = hashlib.blake2b(b"%d" % _FORMAT, digest_size=16)
     for part in (*(key for key, _ in known), repr(cfg.val_fraction).encode(), tokenizer.fingerprint.encode()):
         content.update(part)
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    manifest = {
-        "fingerprint": content.hexdigest(),
-        "dtype": dtype.name,
-        "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
-    }
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(Manifest(content.hexdigest(), dtype, shards).text())
 
 
 def _write_split(
     folder: Path, name: str, texts: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype
-) -> None:
-    lengths, extra = [], []
-    length = missing = 0  # of the current document
-    with open(folder / f"{name}.tokens.bin", "wb") as file:
-        for batch in _batches(_pieces(texts)):
-            for (piece, last), ids in zip(batch, tokenizer.encode_batch([p for p, _ in batch]), strict=True):
-                file.write(ids.astype(dtype).tobytes())
-                length += len(ids)
-                missing += len(piece.encode()) - tokenizer.byte_length(ids)
-                if last:
-                    file.write(dtype.type(tokenizer.eos_id).tobytes())
-                    lengths.append(length + 1)
-                    extra.append(missing)
-                    length = missing = 0
-    if not lengths:
+) -> Shard:
+    writer = ShardWriter(folder / shard_name(name, 0), dtype)
+    for ids, extra in encoded(texts, tokenizer):
+        writer.add(ids, extra)
+    shard = writer.close()
+    if shard is None:
         raise ValueError("data.path: the text is too short to hold a part of it out; give more text")
-    np.save(folder / f"{name}.starts.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(folder / f"{name}.extra.npy", np.array(extra, dtype=np.int64))
+    return shard
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int | None]]:
+    """Ids of `texts`, in pieces of bounded length. The last piece of each ends with the end token and comes
+    with the bytes of its text beyond those of its tokens, the others with None.
+    """
+    missing = 0  # of the current document
+    for batch in _batches(_pieces(texts)):
+        for (piece, last), ids in zip(batch, tokenizer.encode_batch([p for p, _ in batch]), strict=True):
+            missing += len(piece.encode()) - tokenizer.byte_length(ids)
+            if last:
+                yield np.append(ids, tokenizer.eos_id), missing
+                missing = 0
+            else:
+                yield ids, None
 
 
 def _texts(documents: datasets.Dataset) -> Iterator[str]:

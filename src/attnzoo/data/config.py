@@ -8,18 +8,27 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .mix import MixConfig
     from .synthetic import SyntheticConfig
 
 # Keys that only some corpora read. Set anywhere else they are refused: a silently ignored option misleads.
 READ_BY = {
-    "path": ("text", "hf"),
-    "field": ("text", "hf"),
+    "path": ("text", "hf", "tokens", "stream"),
+    "field": ("text", "hf", "stream"),
     "errors": ("text",),
-    "subset": ("hf",),
-    "split": ("hf",),
+    "subset": ("hf", "stream"),
+    "split": ("hf", "stream"),
+    "revision": ("hf", "stream"),
     "streaming": ("hf",),
+    "window": ("stream",),
+    "max_documents": ("stdlib", "text", "hf"),
+    "max_bytes": ("stdlib", "text", "hf"),
+    "val_fraction": ("stdlib", "text", "hf", "stream"),
+    "cache_dir": ("stdlib", "text", "hf", "stream"),
 }
-_AT_LEAST_ONE = ("seq_len", "batch_size", "pack", "val_samples", "max_documents", "max_bytes")
+TEXT_SOURCES = ("stdlib", "text", "hf")
+NAMES = (*TEXT_SOURCES, "tokens", "stream", "mix")
+_AT_LEAST_ONE = ("seq_len", "batch_size", "pack", "val_samples", "max_documents", "max_bytes", "window")
 _MAY_BE_NULL = ("val_samples", "max_documents", "max_bytes")
 
 
@@ -33,7 +42,9 @@ class DataConfig:
     errors: str = "strict"
     subset: str | None = None
     split: str = "train"
+    revision: str | None = None
     streaming: bool = False
+    window: int = 1024
     max_documents: int | None = None
     max_bytes: int | None = None
     seq_len: int = 256
@@ -46,7 +57,7 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self):
-        check_choice("data.name", self.name, ("stdlib", "text", "hf"))
+        check_choice("data.name", self.name, NAMES)
         check_choice("data.errors", self.errors, ("strict", "replace"))
         for key, readers in READ_BY.items():
             if self.name not in readers and getattr(self, key) != getattr(DataConfig, key):
@@ -61,6 +72,8 @@ class DataConfig:
             raise ValueError(
                 f"data.pack: must divide data.batch_size={self.batch_size}, got {self.pack}; change one"
             )
+        if self.window % self.pack:
+            raise ValueError(f"data.pack: must divide data.window={self.window}, got {self.pack}; change one")
         for key in ("isolate", "streaming"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"data.{key}: must be true or false, got {getattr(self, key)!r}")
@@ -73,14 +86,23 @@ class DataConfig:
             raise ValueError(
                 f"data.path: data={self.name} needs one, got {self.path!r}; {_PATH_HELP[self.name]}"
             )
-        if self.name == "hf" and not isinstance(self.path, str):
-            raise ValueError(f"data.path: data=hf takes a single name or folder, got {list(self.path)!r}")
+        if self.name in _SINGLE_PATH and not isinstance(self.path, str):
+            what = "folder" if self.name == "tokens" else "name or folder"
+            raise ValueError(f"data.path: data={self.name} takes a single {what}, got {list(self.path)!r}")
+        if self.name == "stream" and self.val_samples is None:
+            raise ValueError(
+                "data.val_samples: data=stream reads until it has so many held-out samples, got None; "
+                "give a number"
+            )
 
 
 _PATH_HELP = {
     "text": "give a file, a directory, a glob, or a list of these",
     "hf": "give a dataset's name or a local folder",
+    "tokens": "give a folder that attnzoo tokenize wrote",
+    "stream": "give a dataset's name or a local folder",
 }
+_SINGLE_PATH = ("hf", "tokens", "stream")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +132,16 @@ class TokenizerConfig:
             )
 
 
-def parse_data(values: Mapping[str, Any]) -> DataConfig | SyntheticConfig:
+def parse_data(values: Mapping[str, Any]) -> DataConfig | MixConfig | SyntheticConfig:
     """The checked `data` group. Raises ValueError on an unknown key or an illegal value."""
     if str(values.get("name")).startswith("synthetic/"):
         from .synthetic import parse_synthetic
 
         return parse_synthetic(values)
+    if values.get("name") == "mix":
+        from .mix import parse_mix
+
+        return parse_mix(values)
     values = _known("data", DataConfig, values)
     path = values.get("path")
     if path is not None and not isinstance(path, str):

@@ -29,9 +29,9 @@ def source_key(cfg: DataConfig) -> list:
         return [cfg.name, _stamps(stdlib_files()), *limits]
     if cfg.name == "text":
         return [cfg.name, _stamps(text_files(cfg.path)), cfg.field, cfg.errors, *limits]
-    folder = _local_folder(cfg.path)
-    stamps = _stamps(sorted(file for file in folder.rglob("*") if file.is_file())) if folder else cfg.path
-    return [cfg.name, stamps, cfg.subset, cfg.split, cfg.field, *limits]
+    folder = local_folder(cfg)
+    stamps = _stamps(files_below(folder)) if folder else cfg.path
+    return [cfg.name, stamps, cfg.subset, cfg.split, cfg.field, cfg.revision, *limits]
 
 
 def load_documents(cfg: DataConfig, folder: Path) -> datasets.Dataset:
@@ -46,7 +46,7 @@ def load_documents(cfg: DataConfig, folder: Path) -> datasets.Dataset:
     import datasets
 
     features = datasets.Features(text=datasets.Value("large_string"))
-    with _progress_on_terminals_only():
+    with progress_on_terminals_only():
         try:
             return datasets.Dataset.from_generator(
                 _rows, features=features, cache_dir=str(folder), gen_kwargs={"cfg": cfg}
@@ -57,11 +57,16 @@ def load_documents(cfg: DataConfig, folder: Path) -> datasets.Dataset:
 
 def _rows(cfg: DataConfig) -> Iterator[dict[str, str]]:
     empty = True
-    for text in _limited(_texts(cfg), cfg.max_documents, cfg.max_bytes):
+    for text in texts_of(cfg):
         empty = False
         yield {"text": text}
     if empty:
         raise ValueError(f"data.path: {cfg.path!r} holds no text; give files or rows that are not empty")
+
+
+def texts_of(cfg: DataConfig) -> Iterator[str]:
+    """The documents of the source in their order, none of them empty, up to the configured limits."""
+    return _limited(_texts(cfg), cfg.max_documents, cfg.max_bytes)
 
 
 def _texts(cfg: DataConfig) -> Iterable[str]:
@@ -84,6 +89,11 @@ def _limited(texts: Iterable[str], max_documents: int | None, max_bytes: int | N
 
 
 def _hf_texts(cfg: DataConfig) -> Iterator[str]:
+    return field_texts(hf_rows(cfg), cfg)
+
+
+def hf_rows(cfg: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of the split, with the column of the text only."""
     with _named(cfg.path):
         splits = _hf_splits(cfg)
     if cfg.split not in splits:
@@ -93,7 +103,13 @@ def _hf_texts(cfg: DataConfig) -> Iterator[str]:
         columns = rows.column_names or list(next(iter(rows), {}))
     if cfg.field not in columns:
         raise missing("data.field", cfg.field, cfg.path, columns)
-    batches = rows.select_columns([cfg.field]).iter(batch_size=64)
+    return rows.select_columns([cfg.field])
+
+
+def field_texts(rows: datasets.Dataset | datasets.IterableDataset, cfg: DataConfig) -> Iterator[str]:
+    """The text of each row, in order."""
+    # not __iter__: in a loader's worker process, that of a stream leaves out what other workers should read
+    batches = rows.iter(batch_size=64)
     while True:
         with _named(cfg.path):
             batch = next(batches, None)
@@ -109,11 +125,14 @@ def _hf_splits(cfg: DataConfig) -> dict[str, datasets.Dataset | datasets.Iterabl
     """The splits by name. A path that is no local folder goes to `datasets`, which honours HF_HUB_OFFLINE."""
     import datasets
 
-    folder = _local_folder(cfg.path)
+    folder = local_folder(cfg)
     if folder and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         found = datasets.load_from_disk(str(folder))
         return found if isinstance(found, dict) else {str(found.split or "train"): found}
-    return datasets.load_dataset(str(folder or cfg.path), cfg.subset, streaming=cfg.streaming)
+    streaming = cfg.streaming or cfg.name == "stream"
+    return datasets.load_dataset(
+        str(folder or cfg.path), cfg.subset, streaming=streaming, revision=cfg.revision
+    )
 
 
 @contextlib.contextmanager
@@ -129,10 +148,16 @@ def _named(path: str) -> Iterator[None]:
         ) from None
 
 
-def _local_folder(path: str) -> Path | None:
-    """The folder that `path` names, None for the name of a dataset."""
+def local_folder(cfg: DataConfig) -> Path | None:
+    """The folder that `data.path` names, None for the name of a dataset."""
+    path = cfg.path
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if cfg.revision is not None:
+            raise ValueError(
+                f"data.revision: only datasets of the Hub have one and '{path}' is a folder, "
+                f"got {cfg.revision!r}; leave it out"
+            )
         return folder
     if folder.exists():
         raise ValueError(f"data.path: '{path}' is a file and data=hf takes a folder or a name; use data=text")
@@ -140,6 +165,11 @@ def _local_folder(path: str) -> Path | None:
     if len(folder.parts) > 2 or not path[0].isalnum():
         raise ValueError(f"data.path: no folder '{path}'; give a folder that exists or a dataset's name")
     return None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in `folder` and below, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _stamps(files: list[Path]) -> list[list]:
@@ -151,7 +181,7 @@ def _stamps(files: list[Path]) -> list[list]:
 
 
 @contextlib.contextmanager
-def _progress_on_terminals_only() -> Iterator[None]:
+def progress_on_terminals_only() -> Iterator[None]:
     import datasets
 
     hide = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()

@@ -1,97 +1,56 @@
-"""A corpus that training can index: packed samples and the fixed held-out set."""
+"""What training needs of any corpus: samples that are a function of a counter, and a fixed held-out set."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .cache import TokenStream, open_cache
-from .config import DataConfig, TokenizerConfig, parse_data, parse_tokenizer
-from .sampler import Sampler
 from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from .synthetic import SyntheticConfig, SyntheticCorpus
 
 Sample = dict[str, torch.Tensor]
 IGNORED = -100  # the target that torch's cross_entropy leaves out by default
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Tokenised text, packed: sample n is a function of n and of all but the validation below.
+class Corpus(Protocol):
+    """Text, a mixture of texts, or a synthetic task.
 
-    A sample is cut from one stream of documents, each closed by the tokenizer's `eos_id`, and holds
+    Sample n is a function of `fingerprint`, the run's seed and n, and of nothing else: not of what was read
+    before, nor of how many processes read. It holds at least
 
-    - `tokens` (seq_len + 1,) int64: inputs and, one further on, their targets;
-    - `segment_ids` (seq_len + 1,) int64: 1, 2, ... by document within the sample, or all 1 without `isolate`;
+    - `tokens` (seq_len + 1,) int64: inputs and, one further on, their targets; or, where the corpus is
+      `labelled`, the (seq_len,) inputs, with `labels` (seq_len,) beside them;
+    - `segment_ids` (as `tokens`) int64: 1, 2, ... by document within the sample, or all 1;
     - `counter` () int64: n;
     - `target_bytes` () int64: UTF-8 bytes of the targets that count in the loss (see `targets`).
     """
 
-    tokenizer: Tokenizer
-    fingerprint: str
-    seed: int
-    seq_len: int
-    isolate: bool
-    val_samples: int | None
-    train: TokenStream
-    val: TokenStream
-    pack: int = 1
-    labelled: ClassVar[bool] = False  # the targets are the next tokens
-
-    def __post_init__(self):
-        for split, stream in (("training", self.train), ("validation", self.val)):
-            if len(stream.tokens) <= self.seq_len:
-                raise ValueError(
-                    f"data.seq_len: must be under the {len(stream.tokens)} tokens of {split} text, "
-                    f"got {self.seq_len}; lower it, give more text or change data.val_fraction"
-                )
-        if len(self.train.tokens) < self.pack * self.seq_len:
-            raise ValueError(
-                f"data.pack: packs of {self.seq_len} tokens per sample must fit the {len(self.train.tokens)} "
-                f"tokens of training text, got {self.pack}; lower it or give more text"
-            )
+    @property
+    def fingerprint(self) -> str:
+        """Equal for corpora with equal samples at equal seeds, across machines; resume compares it."""
 
     @property
-    def sampler(self) -> Sampler:
-        """Where the training samples are cut."""
-        return Sampler(self.fingerprint, self.seed, len(self.train.tokens), self.seq_len, self.pack)
+    def tokenizer(self) -> Tokenizer:
+        """What made the ids."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether samples bring targets of their own; otherwise these are the next tokens."""
+
+    @property
+    def pack(self) -> int:
+        """How many consecutive samples, counted from 0, read on from one another."""
 
     def sample(self, n: int) -> Sample:
         """Training sample `n`, which counts from 0 over all epochs."""
-        return self.cut(self.train, self.sampler.start(n), n)
 
     def train_dataset(self, start: int, total: int) -> TrainStream:
         """Samples `start` to `total - 1`, in the order of the counter."""
-        return TrainStream(self, start, total)
 
-    def validation(self) -> ValidationSet:
-        """The held-out samples: the same for every seed, evenly spread over the held-out text, disjoint."""
-        return ValidationSet(self)
-
-    def cut(self, stream: TokenStream, start: int, counter: int) -> Sample:
-        """The sample of `stream` whose first token is at `start`."""
-        index = (start + np.arange(self.seq_len + 1)) % len(stream.tokens)  # the stream is closed to a circle
-        tokens = stream.tokens[index].astype(np.int64)
-        document = np.searchsorted(stream.starts, index, side="right") - 1
-        segments = np.ones_like(tokens)
-        if self.isolate:
-            segments[1:] += np.cumsum(index[1:] == stream.starts[document[1:]])
-        ends = index == stream.starts[document + 1] - 1
-        text_bytes = self.tokenizer.token_bytes[tokens] + np.where(ends, stream.extra[document], 0)
-        counted = segments[1:] == segments[:-1]
-        return {
-            "tokens": torch.from_numpy(tokens),
-            "segment_ids": torch.from_numpy(segments),
-            "counter": torch.tensor(counter),
-            "target_bytes": torch.tensor(int(text_bytes[1:][counted].sum())),
-        }
+    def validation(self) -> Dataset:
+        """The held-out samples, the same for every seed; it has a length."""
 
 
 class TrainStream(Dataset):
@@ -115,66 +74,6 @@ class TrainStream(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(i)
         return self.corpus.sample(self.start + i)
-
-
-class ValidationSet(Dataset):
-    """Evenly spaced windows of the held-out text; `counter` is the item's number."""
-
-    def __init__(self, corpus: Corpus):
-        self.corpus = corpus
-        self.windows = (len(corpus.val.tokens) - 1) // corpus.seq_len
-
-    def __len__(self) -> int:
-        return min(self.windows, self.corpus.val_samples or self.windows)
-
-    def __getitem__(self, i: int) -> Sample:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        window = i * self.windows // len(self)
-        return self.corpus.cut(self.corpus.val, window * self.corpus.seq_len, i)
-
-
-def build_data(
-    data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int = 0
-) -> Corpus | SyntheticCorpus:
-    """Reads, splits and tokenises a corpus, or opens it from the cache where that has been done.
-
-    A synthetic task needs neither: its samples are drawn when asked for, in a vocabulary of its own.
-
-    Args:
-        data: the keys of `configs/data/*.yaml`.
-        tokenizer: the keys of `configs/tokenizer/*.yaml`.
-        seed: of the order of the training samples; the split and the held-out set do not depend on it.
-
-    Raises:
-        ValueError: an unknown key, an illegal value, or text that is missing, unreadable or too short.
-    """
-    cfg = parse_data(data)
-    if not isinstance(cfg, DataConfig):
-        return _build_synthetic(cfg, tokenizer, seed)
-    cache = open_cache(cfg, parse_tokenizer(tokenizer))
-    return Corpus(
-        tokenizer=cache.tokenizer,
-        fingerprint=cache.fingerprint,
-        seed=seed,
-        seq_len=cfg.seq_len,
-        isolate=cfg.isolate,
-        val_samples=cfg.val_samples,
-        pack=cfg.pack,
-        train=cache.train,
-        val=cache.val,
-    )
-
-
-def _build_synthetic(cfg: SyntheticConfig, tokenizer: Mapping[str, Any], seed: int) -> SyntheticCorpus:
-    from .synthetic import PREFIX, build_synthetic
-
-    given = parse_tokenizer(tokenizer).name
-    if given != TokenizerConfig.name:
-        raise ValueError(
-            f"tokenizer: {PREFIX}{cfg.task.name} has a vocabulary of its own, got {given!r}; leave it out"
-        )
-    return build_synthetic(cfg, seed)
 
 
 def targets(sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

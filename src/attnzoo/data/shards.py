@@ -1,0 +1,234 @@
+"""Tokenised documents on disk: shard files and the manifest that names, counts and checks them.
+
+A shard holds whole documents, in order:
+
+    tokens  (tokens,) uint16 or uint32, every document closed by the end token; zeros up to 8 bytes
+    stops   (documents,) int64, the position behind each document's last token
+    extra   (documents,) int64, bytes of text less the bytes of its tokens: what a tokenizer's normalisation
+            dropped (positive) or a leading blank of its own added (negative); zero for bytes
+
+all little-endian. Sizes are compared with the manifest whenever a folder is opened, checksums by `damaged`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .split import SPLITS
+
+FORMAT = 2  # of the bytes above and of the manifest
+MANIFEST = "manifest.json"
+_INDEX = np.dtype("<i8")
+_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_NAME = r"-\d{5,9}\.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What the manifest says of one shard file."""
+
+    name: str
+    tokens: int
+    documents: int
+    sha256: str
+
+    def size(self, dtype: np.dtype) -> int:
+        """Bytes of the file."""
+        return self.index_at(dtype) + 2 * self.documents * _INDEX.itemsize
+
+    def index_at(self, dtype: np.dtype) -> int:
+        """Where `stops` begins in the file."""
+        return -(-self.tokens * dtype.itemsize // _INDEX.itemsize) * _INDEX.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The description of a folder of shards.
+
+    Attributes:
+        fingerprint: of the content, equal across machines and however it is cut into shards.
+        dtype: of the tokens.
+        shards: of each split, in order.
+        plan: what the folder was made from, for a reader and for `attnzoo tokenize` to go on.
+    """
+
+    fingerprint: str
+    dtype: np.dtype
+    shards: dict[str, list[Shard]]
+    plan: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def text(self) -> str:
+        """The content of the file `manifest.json`."""
+        entries = {
+            split: ",\n  ".join(json.dumps(dataclasses.asdict(shard)) for shard in self.shards[split])
+            for split in SPLITS
+        }
+        head = {"format": FORMAT, "fingerprint": self.fingerprint, "dtype": self.dtype.name}
+        lines = [
+            f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**head, "plan": self.plan}.items()
+        ]
+        lines += [f"{json.dumps(split)}: [\n  {entries[split]}\n ]" for split in SPLITS]
+        return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id."""
+    return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
+
+
+def shard_name(split: str, number: int) -> str:
+    """The file name of a split's shard."""
+    return f"{split}-{number:05}.bin"
+
+
+class ShardWriter:
+    """Writes one shard; the file takes its name, complete, when `close` is called.
+
+    Args:
+        path: of the finished file.
+        dtype: of the tokens.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path, self.dtype = path, dtype
+        self.tokens = 0
+        self._stops: list[int] = []
+        self._extra: list[int] = []
+        self._digest = hashlib.sha256()
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115, closed by close or discard
+
+    def add(self, ids: np.ndarray, extra: int | None = None) -> None:
+        """Append tokens; with `extra` they end a document, the end token included."""
+        self._write(ids.astype(self.dtype).tobytes())
+        self.tokens += len(ids)
+        if extra is not None:
+            self._stops.append(self.tokens)
+            self._extra.append(extra)
+
+    def close(self) -> Shard | None:
+        """Finish the file and describe it; None, and no file, where no document was added."""
+        shard = Shard(self.path.name, self.tokens, len(self._stops), "")
+        if not self._stops:
+            self.discard()
+            return None
+        self._write(bytes(shard.index_at(self.dtype) - self.tokens * self.dtype.itemsize))
+        self._write(np.array(self._stops, _INDEX).tobytes() + np.array(self._extra, _INDEX).tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        return dataclasses.replace(shard, sha256=self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Give up what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+
+def map_shard(folder: Path, shard: Shard, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, stops and extra of a shard, memory-mapped. Raises ValueError where it was cut meanwhile."""
+    try:
+        data = np.memmap(folder / shard.name, dtype=np.uint8, mode="r", shape=(shard.size(dtype),))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.path: shard '{folder / shard.name}' cannot be mapped ({error}); copy or tokenise it again"
+        ) from None
+    data = data.view(np.ndarray)  # a memmap's own indexing costs more than what it returns
+    tokens = data[: shard.tokens * dtype.itemsize].view(dtype)
+    index = data[shard.index_at(dtype) :].view(_INDEX)
+    return tokens, index[: shard.documents], index[shard.documents :]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`, every entry checked; names cannot leave the folder.
+
+    Raises:
+        ValueError: none there, or one that breaks a rule; the message names it.
+    """
+    file = folder / MANIFEST
+    try:
+        content = json.loads(file.read_text())
+        return _manifest(content)
+    except FileNotFoundError:
+        unfinished = " (attnzoo tokenize has not finished there; run it again)" * folder.is_dir()
+        raise ValueError(
+            f"data.path: no '{file}'{unfinished}; give a folder that attnzoo tokenize wrote"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        raise ValueError(f"data.path: '{file}' is no manifest of shards ({reason}); tokenise again") from None
+
+
+def _manifest(content: dict[str, Any]) -> Manifest:
+    if content["format"] != FORMAT:
+        raise ValueError(f"format must be {FORMAT}, is {content['format']!r}")
+    if content["dtype"] not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, is {content['dtype']!r}")
+    if not isinstance(content["fingerprint"], str):
+        raise ValueError(f"fingerprint must be text, is {content['fingerprint']!r}")
+    shards = {split: _shards(split, content[split]) for split in SPLITS}
+    return Manifest(content["fingerprint"], _DTYPES[content["dtype"]], shards, content["plan"])
+
+
+def _shards(split: str, entries: list[dict[str, Any]]) -> list[Shard]:
+    shards = [read_shard(entry, split) for entry in entries]
+    names = [shard.name for shard in shards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{split} names a shard twice")
+    return shards
+
+
+def read_shard(entry: dict[str, Any], split: str) -> Shard:
+    """A shard from its entry in a manifest or journal. Raises ValueError where it breaks a rule."""
+    shard = Shard(**entry)
+    if not isinstance(shard.name, str) or not re.fullmatch(split + _NAME, shard.name):
+        raise ValueError(f"a shard's name must be {split}-NUMBER.bin, is {shard.name!r}")
+    for field, least in (("documents", 1), ("tokens", shard.documents)):
+        value = getattr(shard, field)
+        if type(value) is not int or not least <= value < 1 << 48:
+            raise ValueError(f"{field} of {shard.name} must be a number of at least {least}, is {value!r}")
+    if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"sha256 of {shard.name} must be 64 hexadecimal digits, is {shard.sha256!r}")
+    return shard
+
+
+def check_sizes(folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> None:
+    """Raise a ValueError that names the first shard which is missing, cut or too long; one `stat` each."""
+    for shard in shards:
+        size = None
+        with contextlib.suppress(FileNotFoundError):
+            size = os.stat(folder / shard.name).st_size
+        if size != shard.size(dtype):
+            found = "is missing" if size is None else f"has {size} bytes instead of {shard.size(dtype)}"
+            raise ValueError(f"data.path: shard '{folder / shard.name}' {found}; copy or tokenise it again")
+
+
+def damaged(folder: Path, shards: Sequence[Shard]) -> list[str]:
+    """Names of the shards whose bytes are not those that were written: each is read once, whole."""
+    return [shard.name for shard in shards if _sha256(folder / shard.name) != shard.sha256]
+
+
+def _sha256(path: Path) -> str | None:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError:
+        return None
+    return digest.hexdigest()
