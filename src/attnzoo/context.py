@@ -11,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from attnzoo.attention.timeline import Timeline
+    from attnzoo.parallel.context import Span
 
 
 class Collector:
@@ -72,6 +73,8 @@ class Context:
         residual: ``(B, T, D)`` the un-normalised stream, for variants that need it; missing means ``x``.
         shared: tensors that cross layers, keyed by the symbol of the paper.
         collector: where auxiliary losses and diagnostics go; without one they are not computed.
+        span: the part of every sequence that this rank holds, for a model: it takes the whole sequences with
+            their ``positions`` and ``segment_ids`` and returns the logits of its own tokens. Keyword only.
     """
 
     positions: Tensor | None = None
@@ -79,6 +82,7 @@ class Context:
     residual: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     collector: Collector | None = None
+    span: Span | None = field(default=None, repr=False, kw_only=True)
     # set by the model only, so that its layers share one reading of documents and positions
     timeline: Timeline | None = field(default=None, repr=False, kw_only=True)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.call import Call
+from attnzoo.attention.part_memory import PartMemory
 from attnzoo.attention.site import Site
 from attnzoo.attention.slots import Cache, Retain, Slot, build_cache
 from attnzoo.attention.timeline import Clock
@@ -50,6 +51,10 @@ class Stage(nn.Module):
     def work(self, length: int) -> Iterable[Work]:
         """Matmul-like work over a sequence of ``length`` tokens."""
         return ()
+
+    def apart(self) -> str | None:
+        """Why it cannot work where each rank holds a part of the sequence; None = it can."""
+        return None
 
     def elementwise(self) -> dict[str, float]:
         """Work worth listing that is not matmul-like: name -> operations per token."""
@@ -135,13 +140,18 @@ class Mixer(nn.Module):
             raise ValueError(f"x: must be (B, T, {self.dim}) with T >= 1, got {tuple(x.shape)}")
         if cache is not None and cache.batch != x.shape[0]:
             raise ValueError(f"cache: made for batch {cache.batch}, got x with batch {x.shape[0]}")
+        if ctx.span is not None and ctx.timeline is None:
+            raise ValueError("span: is a model's, which cuts sequences into parts; run the mixer in a model")
         line = ctx.timeline or timeline.read(ctx, *x.shape[:2], x.device, cache.clock if cache else None)
         asked = self.options.get("impl")
         impl = asked if asked in ("reference", "triton") else "auto"
         call = Call(self.site, x, ctx, line, cache, impl)
+        if ctx.span is not None:
+            call.mem = PartMemory(line, ctx.span, x, self.memory(), self.retain())
         y = self.out(self.heads(call), call)
         for stage in self.after:
             y = stage(y, call)
+        y = call.mem.close(y)
         if ctx.timeline is None:
             line.advance()
             y = line.restore(y)

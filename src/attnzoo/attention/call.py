@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from attnzoo.attention.memory import Memory
@@ -77,9 +78,12 @@ class Call:
             self.ctx.collector.step(name, self.site.layer, value)
 
     def mean_over_tokens(self, z: Tensor) -> Tensor:
-        """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding."""
-        valid = self.line.valid
-        if valid is None:
+        """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding, those of all parts."""
+        valid, whole = self.line.valid, self.line.whole is None
+        if valid is None and whole:
             return z.flatten(0, 1).mean(0)
+        if valid is None:
+            valid = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
         weight = valid.to(z.dtype).reshape(*valid.shape, *(1,) * (z.dim() - 2))
-        return (z * weight).flatten(0, 1).sum(0) / weight.sum().clamp(min=1)
+        total = self.mem.total((z * weight).flatten(0, 1).sum(0))
+        return total / self.mem.total(weight.sum()).clamp(min=1)

@@ -1,7 +1,8 @@
 """What a mixer keeps between calls: cached rows, tails of convolutions, scan states.
 
 Stages declare their slots (`Stage.memory`), so that `new_cache`, `cost()` and the forward read one table, and
-use three calls that mean the same in training, prefill and decode: `rows`, `tail`, `state`/`put`.
+use three calls that mean the same in training, prefill and decode, and where ranks share a sequence
+(`PartMemory`): `rows`, `tail`, `state`/`put`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from attnzoo.attention.block_rows import BlockRows
 
 
 class Memory(BlockRows):
-    """The slots as one forward sees them; without a cache everything passes through."""
+    """The slots as one forward sees them; without a cache everything passes through.
+
+    Attributes:
+        alone: nothing was before and nothing is kept: the forward has all of its tokens' past.
+    """
+
+    @property
+    def alone(self) -> bool:
+        return self.cache is None
 
     def tail(self, name: str, z: Tensor, n: int) -> Tensor:
         """``z`` ``(B, T, C)`` preceded by the ``n`` tokens before it (zeros without a cache): ``(B, n + T,
@@ -39,3 +48,11 @@ class Memory(BlockRows):
     def put(self, name: str, value: Tensor) -> None:
         if self.cache is not None:
             self.cache.slots[name].copy_(value)
+
+    def total(self, z: Tensor) -> Tensor:
+        """The sum of ``z`` over all parts of the sequences."""
+        return z
+
+    def close(self, y: Tensor) -> Tensor:
+        """Ends the layer's forward, whose output is ``y``."""
+        return y

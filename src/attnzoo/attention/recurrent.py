@@ -41,7 +41,7 @@ def scanned(terms: Terms, slot: str, call: Call, scale: float, chunk_size: int) 
         *terms,
         scale=scale,
         initial_state=call.mem.state(slot),
-        output_final_state=call.mem.cache is not None,
+        output_final_state=not call.mem.alone,
         chunk_size=chunk_size,
         segments=call.line.doc,
         impl=call.impl,

@@ -20,12 +20,14 @@ class Slot(NamedTuple):
         shape: rows and blocks ``(heads, width)``; tail ``(tokens, channels)``; state any.
         per: tokens per block.
         wide: blocks that are states: kept, as states are, in fp32 or fp64.
+        carried: a tail that its stage reads and keeps as a state, by `state` and `put`.
     """
 
     kind: str
     shape: tuple[int, ...]
     per: int = 1
     wide: bool = False
+    carried: bool = False
 
     @property
     def size(self) -> int:

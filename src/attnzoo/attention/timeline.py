@@ -8,13 +8,16 @@ right end of each row first ("compacted"): a causal mixer then cannot see it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnzoo.context import Context
+
+if TYPE_CHECKING:
+    from attnzoo.parallel.context import Span
 
 EVERY = -2  # the document of a key that all documents have
 
@@ -68,6 +71,14 @@ class Clock:
         self.position = torch.zeros_like(self.used) + self.position
 
 
+class Whole(NamedTuple):
+    """The tokens up to a part's end: order, document run (-1 = one that has ended) and position."""
+
+    order: Tensor
+    doc: Tensor | None
+    pos: Tensor
+
+
 @dataclass
 class Timeline:
     """One forward's reading of its documents; see the module.
@@ -81,6 +92,8 @@ class Timeline:
         clock: the cache's clock before this forward; None without a cache.
         base: ``(B,)`` cache slot of the row's first token, in ragged rows.
         ident: ``(B, T)`` the caller's document ids, compacted.
+        whole: where the tokens are a part of their sequences: all tokens up to the part's end. The clock then
+            stands at the part's beginning, and run 0 is the document that goes on into the part.
     """
 
     length: int
@@ -92,6 +105,7 @@ class Timeline:
     clock: Clock | None = None
     base: Tensor | None = None
     ident: Tensor | None = None
+    whole: Whole | None = None
     memo: dict[Hashable, object] = field(default_factory=dict)
 
     @property
@@ -183,7 +197,7 @@ class Timeline:
     def advance(self) -> None:
         """Moves the cache's clock past this forward."""
         clock = self.clock
-        if clock is None:
+        if clock is None or self.whole is not None:
             return
         if not clock.ragged:
             clock.position = self.pos[:, -1] + 1
@@ -204,8 +218,13 @@ def read(ctx: Context, batch: int, length: int, device: torch.device, clock: Clo
     """Reads documents and positions of one forward.
 
     Raises:
-        ValueError: ``positions`` or ``segment_ids`` are not ``(B, T)``, or ids are negative or not integers.
+        ValueError: ``positions`` or ``segment_ids`` are not ``(B, T)``, or ids are negative or not integers;
+            in a part, a cache is given or padding stands before a token.
     """
+    if ctx.span is not None:
+        if clock is not None:
+            raise ValueError("span: is for training, which has no cache, got one; decode without a span")
+        return _part(read(replace(ctx, span=None), batch, length, device), ctx.span)
     _check(ctx, batch, length)
     if ctx.segment_ids is None and not (clock and clock.ragged):
         line = _lockstep(ctx, length, device, clock)
@@ -230,6 +249,40 @@ def read(ctx: Context, batch: int, length: int, device: torch.device, clock: Clo
         line.pos = line.compact(ctx.positions.expand(batch, -1))
     line.check_room()
     return line
+
+
+def _part(line: Timeline, span: Span) -> Timeline:
+    """The reading of one rank's part of the sequences, as that of a chunk whose past is cached."""
+    if line.perm is not None:
+        raise ValueError(
+            "segment_ids: padding must stand at the end of each row where ranks share sequences, "
+            "got some before a token; move it there"
+        )
+    own = span.cut(line.order)
+    length = own.shape[1]
+    start = span.rank * length
+    order, pos = line.order[:, : start + length], line.pos[:, : start + length]
+    clock = Clock(length=start)
+    if line.doc is None:
+        return Timeline(length, own, pos[:, start:], clock=clock, whole=Whole(order, None, pos))
+    doc, seen = line.doc[:, : start + length], torch.zeros_like(order[:, 0])
+    if start:
+        last = doc[:, start - 1 : start]
+        doc, seen = torch.where(doc >= last, doc - last, -1), order[:, start - 1] + 1
+    clock.used = torch.full_like(seen, start)
+    clock.start, clock.position = clock.used - seen, pos[:, start - 1] + 1 if start else seen
+    valid = None if line.valid is None else span.cut(line.valid)
+    return Timeline(
+        length,
+        own,
+        pos[:, start:],
+        doc[:, start:],
+        None if valid is None or bool(valid.all()) else valid,
+        clock=clock,
+        base=clock.used,
+        ident=span.cut(line.ident),
+        whole=Whole(order, doc, pos),
+    )
 
 
 def _lockstep(ctx: Context, length: int, device: torch.device, clock: Clock | None) -> Timeline:

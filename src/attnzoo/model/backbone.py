@@ -89,6 +89,8 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """``(B, T)`` int64 -> logits ``(B, T, vocab)``, zero at padding; those of ``keep`` alone, if given.
 
+        With ``ctx.span`` the logits are those of the rank's own part, and ``keep`` counts in it.
+
         Raises:
             ValueError: tokens are not ``(B, T)`` with T >= 1, or a Context field does not fit.
         """
@@ -96,10 +98,17 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens: must be (B, T) with T >= 1, got {tuple(tokens.shape)}")
         ctx, clock = ctx or Context(), cache.clock if cache else None
         (batch, length), device = tokens.shape, tokens.device
+        if ctx.span is not None and self.prefix:
+            raise ValueError(
+                "prefix_tokens: learned tokens would shift the parts of a span, got "
+                f"{self.config['prefix_tokens']}; set it to 0"
+            )
         placed = self.prefix and self.prefix.place(ctx, batch, length, device, clock)
         if placed:
             ctx, length = placed.ctx, placed.source.shape[1]
         line = timeline.read(ctx, batch, length, device, clock)
+        if ctx.span is not None:
+            tokens = ctx.span.cut(tokens)
         if placed:
             h = self.prefix(self.embed(tokens), line.compact(placed.source))
         else:

@@ -128,6 +128,9 @@ class CrossBatch(Single):
                 f"pack: must divide the rows of a batch, {batch}, got {self.pack}; change one of them"
             )
 
+    def apart(self) -> str | None:
+        return "in training it reads other rows' whole sequences (cross_batch)" if self.rows else None
+
     def work(self, length: int) -> Iterable[Work]:
         """Of training, where a row has R rows before it: a bound for the first R rows of a batch. With R = 0,
         of evaluation.

@@ -199,7 +199,8 @@ class SegmentRank(Stage):
 def _boundaries(call: Call, length: int) -> int:
     """A bound of the segments after the first that begin in this forward, per row; exact in lockstep."""
     line, T = call.line, call.x.shape[1]
-    if line.clock is not None and line.doc is None:
+    # ranks that share a sequence must report the same losses, whether a segment begins in their part or not
+    if line.clock is not None and line.doc is None and line.whole is None:
         return (line.past + T - 1) // length - max(line.past - 1, 0) // length
     return (T - 1) // length + (line.clock is not None)
 

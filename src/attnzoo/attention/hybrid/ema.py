@@ -57,7 +57,7 @@ class DampedAverage(nn.Module):
             rate = delta.sigmoid()
             keep, write, read = 1 - rate * alpha.sigmoid(), rate * beta, gamma * self.states**-0.5
             if self.truncation is not None:
-                lags = self.truncation if call.mem.cache is not None else min(self.truncation, T)
+                lags = min(self.truncation, T) if call.mem.alone else self.truncation
                 y = carried_conv(z, _taps(read * write, _powers(keep, lags)), call, "ema")
             elif T == 1 and held is not None:
                 y = self._step(z, keep, write, read, call)

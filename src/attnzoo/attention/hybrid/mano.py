@@ -115,9 +115,9 @@ class Pyramid(Core):
             before = line.past // r ** (index - 1) if line.clock else 0
             room = (before + n) // r - before // r
         else:
-            room = n // r if call.mem.cache is None else -(-n // r)
+            room = n // r if call.mem.alone else -(-n // r)
         both = self._held(f"pool{index}", fine.x, fine, r - 1, call)
-        if room == 0 and (call.mem.cache is None or n == 0):
+        if room == 0 and (call.mem.alone or n == 0):
             return None
         at, coarse = completed(fine, ends, reads, room, r)
         # token i of the finer level stands at r - 1 + i, its block begins r - 1 earlier
@@ -136,7 +136,7 @@ class Pyramid(Core):
             z = F.layer_norm(z, z.shape[-1:], gain, bias, self.eps)
         q, kv = self.qkv(z).split([self.dim, 2 * self.kv_dim], dim=-1)
         axis = query = Axis(level.order, level.doc)
-        if call.mem.cache is not None:
+        if not call.mem.alone:
             kv = self._held(f"kv{index}", kv, level, past, call)
             earlier = level.seen - past + torch.arange(past, device=level.seen.device)
             doc = torch.where(earlier >= 0, 0, -1)
@@ -160,7 +160,7 @@ class Pyramid(Core):
         if self.up is None:
             read = both.gather(1, coarse.reads[..., None].expand(len(both), -1, self.dim))
         else:
-            first = 0 if call.mem.cache is not None else 1
+            first = 1 if call.mem.alone else 0
             made = (both[:, first:] @ self.up.transpose(0, 1).flatten(1)).unflatten(-1, (r, self.dim))
             place = (coarse.reads - first).clamp(min=0) * r + turn
             read = made.flatten(1, 2).gather(1, place[..., None].expand(len(both), -1, self.dim))
@@ -185,11 +185,10 @@ class Pyramid(Core):
         return self.choices
 
     def memory(self) -> dict[str, Slot]:
-        slots = {f"kv{i}": Slot("tail", (self.window - 1, 2 * self.kv_dim)) for i in range(self.levels)}
+        shapes = {f"kv{i}": (self.window - 1, 2 * self.kv_dim) for i in range(self.levels)}
         for i in range(1, self.levels):
-            slots[f"pool{i}"] = Slot("tail", (self.rate - 1, self.dim))
-            slots[f"res{i}"] = Slot("tail", (1, self.dim))
-        return slots
+            shapes |= {f"pool{i}": (self.rate - 1, self.dim), f"res{i}": (1, self.dim)}
+        return {name: Slot("tail", shape, carried=True) for name, shape in shapes.items()}
 
     def work(self, length: int) -> Iterable[Work]:
         n, D, r = length, self.dim, self.rate

@@ -97,7 +97,7 @@ class SelectiveSSM(Core):
             B,
             C,
             initial_state=call.mem.state("h"),
-            output_final_state=call.mem.cache is not None,
+            output_final_state=not call.mem.alone,
             segments=call.line.doc,
         )
         call.mem.put("h", state)

@@ -68,7 +68,7 @@ class Taylor(Stage):
             eps=self.eps,
             packed=self.packed,
             initial_state=call.mem.state("S"),
-            output_final_state=call.mem.cache is not None,
+            output_final_state=not call.mem.alone,
             chunk_size=self.chunk_size,
             segments=call.line.doc,
             valid=call.line.valid,

@@ -118,7 +118,7 @@ class Latents(Stage):
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
         s = self._scores(k).to(wide)  # (B, T, H, M)
         read = s if self.once else self._scores(q).to(wide)
-        if call.mem.cache is None and call.line.doc is None and call.line.valid is None:
+        if call.mem.alone and call.line.doc is None and call.line.valid is None:
             g, write = softmax_steps(s)
             return Terms(read.softmax(-1), write, v, g=g)
         start = call.mem.state("lse")

@@ -82,7 +82,7 @@ class TwoPass(Stage):
         place = call.line.place(len(self.slots.E), "max_seq_len")
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
         E, F = (z[place] for z in self.slots.both(wide))
-        if v.is_cpu and call.mem.cache is None and len(place) == 1 and place.shape[1] > 1:
+        if v.is_cpu and call.mem.alone and len(place) == 1 and place.shape[1] > 1:
             return two_scans(q, k, v, E[0], F[0], self.scale, self.chunk_size)
         E, F = (z[:, :, None].expand(*v.shape[:3], -1) for z in (E, F))
         scores = scanned(Terms(q, k, E), "K", call, self.scale, self.chunk_size)

@@ -120,7 +120,7 @@ class BlockMix(Stage):
 
     def _keep(self, sums: Tensor, mixed: Tensor, layout: Layout, call: Call) -> None:
         """The running block's sum and mixture."""
-        if call.mem.cache is None:
+        if call.mem.alone:
             return
         line = call.line
         if layout.doc is None:

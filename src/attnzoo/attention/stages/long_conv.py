@@ -47,7 +47,7 @@ def carried_conv(x: Tensor, kernel: Tensor, call: Call, slot: str) -> Tensor:
     still reaches in the tail ``slot`` of n - 1 rows.
     """
     line, back = call.line, len(kernel) - 1
-    if call.mem.cache is None or back == 0:
+    if call.mem.alone or back == 0:
         return long_conv(x, kernel, line.doc)
     both = call.mem.tail(slot, x, back)
     if x.shape[1] == 1:

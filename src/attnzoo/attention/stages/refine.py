@@ -138,10 +138,10 @@ def causal_conv(
     n, T = taps.shape[1], z.shape[1]
     order = None if call.line.doc is None else call.line.order
     kernel = n <= MAX_TAPS and choose("short_conv", call.impl, z, taps) == "triton"
-    if not kernel and z.is_cpu and call.mem.cache is None and act in (None, F.silu):
+    if not kernel and z.is_cpu and call.mem.alone and act in (None, F.silu):
         return conv.causal_conv(z, taps, bias, order, act is F.silu)
     # a kernel needs no zeros before the first token
-    both = z if kernel and call.mem.cache is None else call.mem.tail(slot, z, n - 1)
+    both = z if kernel and call.mem.alone else call.mem.tail(slot, z, n - 1)
     if kernel:
         fused = "silu" if act is F.silu else None
         tail, now = both.split([both.shape[1] - T, T], dim=1)
