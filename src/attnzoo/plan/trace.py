@@ -1,0 +1,310 @@
+"""What a micro-batch holds in memory and moves through it: counted, by running the model without storage.
+
+Blocks run forward and backward on fake tensors, so that nothing is computed and any length takes no memory, and
+every tensor that appears, is kept by autograd and disappears again is counted. Blocks that are alike are run
+once. For a GPU the code takes the path that it takes there (kernels, fused attention), on fake tensors of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from attnzoo import Context, create_model
+from attnzoo.model import LanguageModel
+from attnzoo.parallel.context import Span, check_spans
+from attnzoo.parallel.plan import split_heads
+from attnzoo.plan.probes import Exchanges, QuietRanks, QuietShare, Tally
+
+# products, whose time is that of their FLOPs and not of what they read
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "convolution", "attention", "scan")
+FREE = ("detach", "empty", "view", "alias", "expand", "permute", "transpose", "lift_fresh")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Bytes of one part of a model, for one micro-batch.
+
+    Args:
+        entry: what enters, kept where the part is recomputed.
+        saved: what autograd keeps for the backward pass but parameters and tables, ``entry`` included.
+        copies: of ``saved``, parameters in another dtype: there once, however large the micro-batch.
+        forward, backward: what else lives at the highest point of a pass, gradients of parameters left out.
+        traffic, back_traffic: what operations but products read and write in the forward, in the backward.
+        calls, back_calls: operations.
+        ahead, back: what is exchanged in the forward, in the backward.
+    """
+
+    entry: float = 0
+    saved: float = 0
+    copies: float = 0
+    forward: float = 0
+    backward: float = 0
+    traffic: float = 0
+    back_traffic: float = 0
+    calls: float = 0
+    back_calls: float = 0
+    ahead: Exchanges = Exchanges()
+    back: Exchanges = Exchanges()
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model's blocks in order and its two ends: embedding, last norm, head and loss.
+
+    Args:
+        tables: bytes that the layers of a forward share, such as masks.
+        shapes: by name of the rank's parameters, before they are spread over others.
+    """
+
+    blocks: tuple[Profile, ...]
+    ends: Profile
+    tables: float
+    shapes: Mapping[str, torch.Size]
+
+    def scaled(self, two: Traced, rows: int) -> Traced:
+        """For ``rows`` samples, from this one for one sample and ``two`` for two: all grows by equal steps."""
+        blocks = tuple(_scaled(a, b, rows) for a, b in zip(self.blocks, two.blocks, strict=True))
+        tables = self.tables + (rows - 1) * (two.tables - self.tables)
+        return Traced(blocks, _scaled(self.ends, two.ends, rows), tables, self.shapes)
+
+
+def _scaled(one: Profile, two: Profile, rows: int) -> Profile:
+    grow = lambda a, b: a + (rows - 1) * (b - a)  # noqa: E731
+    ahead, back = (Exchanges(*map(grow, *pair)) for pair in ((one.ahead, two.ahead), (one.back, two.back)))
+    flat = [f.name for f in fields(Profile) if f.name not in ("ahead", "back")]
+    return Profile(**{n: grow(getattr(one, n), getattr(two, n)) for n in flat}, ahead=ahead, back=back)
+
+
+def trace(
+    options: Mapping[str, Any],
+    rows: int,
+    length: int,
+    *,
+    context: int = 1,
+    tensor: int = 1,
+    bf16: bool = True,
+    gpu: bool = True,
+) -> Traced:
+    """Profiles of a model that trains on ``rows`` samples of ``length`` tokens, on one rank.
+
+    Args:
+        options: arguments of `create_model`.
+        context, tensor: ranks that share the sequences, and the heads; it is the last of the former, which
+            sees most keys.
+        bf16: under autocast; else fp32.
+        gpu: the path of a GPU; else that of this CPU.
+
+    Raises:
+        ValueError: a layer looks at its data, is not trained by the next token, or cannot be split so.
+    """
+    with FakeTensorMode(), ExitStack() as stack:
+        model, tally = create_model(**options), Tally()
+        if model.objective is not None:
+            raise ValueError("model.layout: plans are for next-token training, got layers of block diffusion")
+        check_spans(model, context, length)
+        if tensor > 1:
+            split_heads(model, QuietShare(0, tensor, tally=tally))
+        span = Span(context - 1, context, QuietRanks(context, tally)) if context > 1 else None
+        if gpu:
+            for mixer in model.mixers:
+                mixer.choices = dict.fromkeys(("cpu", "cuda"), mixer.choices["cuda"])
+            stack.enter_context(_AsGpu())
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext())
+        try:
+            return _Tracer(model, tally).run(rows, length, span)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+            raise ValueError(
+                f"model.layout: {options['layout']!r} looks at its data while it runs, so its memory cannot be "
+                "counted without data; measure a run of a few steps instead"
+            ) from None
+
+
+class _AsGpu(TorchFunctionMode):
+    """Tensors say that they are on a GPU."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == Tensor.is_cpu.__get__:
+            return False
+        if func == Tensor.is_cuda.__get__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _Tracer:
+    """Runs a model part by part."""
+
+    def __init__(self, model: LanguageModel, tally: Tally) -> None:
+        self.model, self.tally = model, tally
+        self.parameters = {_key(p) for p in model.parameters()}
+        self.blocks: list[Profile] = []
+        self.known: dict[Hashable, Profile] = {}
+        self.first: set[Hashable] = set()
+        self.linked = any(mixer.gives or mixer.needs for mixer in model.mixers)
+        self.seen: set[int] = set()
+        self.alive: list[Any] = []
+        self.line: Any = None
+
+    def run(self, rows: int, length: int, span: Span | None) -> Traced:
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        tokens = targets = torch.zeros(rows, length, dtype=torch.long)
+        watch = _Watch(self.parameters)
+        self.model.run_block = lambda *args: self._block(watch, *args)
+        for param in self.model.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with watch, self._kept(watch):
+            logits = self.model(tokens, Context(span=span))
+            targets = targets if span is None else span.cut(targets)
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            del logits
+        tables = sum(self._tables().values())
+        ends = watch.profile()
+        if not self.linked:
+            with watch, torch.autocast("cpu", enabled=False):
+                loss.backward()
+            ends = watch.profile(back=True)
+        return Traced(tuple(self.blocks), ends, tables, shapes)
+
+    def _block(self, outer: _Watch, block: nn.Module, h: Tensor, ctx: Context, line: Any, cache: None) -> Tensor:
+        self.line, key = line, (repr(block), *_costs(block.mixer, h.shape[1]))
+        with outer.paused():
+            if not self.linked and key in self.known:
+                self.blocks.append(self.known[key])
+                return h.detach().requires_grad_()
+            watch = _Watch(self.parameters)
+            entry = h if self.linked else h.detach().requires_grad_()
+            with watch, self._kept(watch):
+                out = block(entry, ctx, line, cache)
+            size = entry.untyped_storage().nbytes()
+            profile, ahead = watch.profile(size, set(self._tables())), self.tally.take()
+            back = ahead
+            if not self.linked:
+                with watch, torch.autocast("cpu", enabled=False):
+                    out.backward(torch.empty_like(out))
+                profile, back = watch.profile(size, set(self._tables()), back=True), self.tally.take()
+                out = out.detach().requires_grad_()
+            profile = replace(profile, ahead=ahead, back=back)
+            if key in self.first:
+                self.known[key] = profile
+            self.first.add(key)  # the first of a kind also makes tables that all layers read
+            self.blocks.append(profile)
+            return out
+
+    def _tables(self) -> dict[int, int]:
+        """Storages that the layers of this forward share, with their bytes."""
+        memo = [self.line.memo, *(v for v in vars(self.line).values() if isinstance(v, (Tensor, tuple)))]
+        tensors = [z for z in tree_leaves(memo) if isinstance(z, Tensor)]
+        return {_key(z): z.untyped_storage().nbytes() for z in tensors}
+
+    @contextmanager
+    def _kept(self, watch: _Watch) -> Iterator[None]:
+        """Tells the watch what autograd keeps, each storage once in the whole model."""
+
+        def pack(z: Tensor) -> Tensor:
+            key = _key(z)
+            if key not in self.parameters and key not in self.seen:
+                self.seen.add(key)
+                self.alive.append(z.untyped_storage())  # its address must not be used again
+                watch.kept[key] = z.untyped_storage().nbytes()
+            return z
+
+        with saved_tensors_hooks(pack, lambda z: z):
+            yield
+
+
+class _Watch(TorchDispatchMode):
+    """Follows storages from the operation that makes them to their end."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.kept: dict[int, int] = {}
+        self.copied: set[int] = set()
+        self.sizes: dict[int, int] = {}  # of all that was made
+        self.passes = {False: [0, 0, 0], True: [0, 0, 0]}  # peak, traffic, calls; by whether it is backward
+        self.back = False
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._paused:
+            return out
+        given = [z for z in tree_leaves((args, kwargs)) if isinstance(z, Tensor)]
+        made = [z for z in tree_leaves(out) if isinstance(z, Tensor)]
+        known, name = {_key(z) for z in given}, func._schema.name.partition("::")[2]
+        fresh = [z for z in made if _key(z) not in known]
+        for z in fresh:
+            key, storage = _key(z), z.untyped_storage()
+            self.live.setdefault(key, (StorageWeakRef(storage), storage.nbytes()))
+            self.sizes[key] = storage.nbytes()
+            if name == "_to_copy" and known & self.parameters:
+                self.copied.add(key)
+        changed = func._schema.is_mutable or fresh
+        if changed and not name.startswith(FREE):
+            self._count(name, given, made)
+        return out
+
+    def _count(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        counts = self.passes[self.back]
+        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
+        counts[0] = max(counts[0], sum(size for _, size in self.live.values()))
+        counts[2] += 1
+        if not any(word in name for word in PRODUCTS):
+            counts[1] += sum(z.numel() * z.element_size() for z in [*given, *made])
+
+    def profile(self, entry: int = 0, tables: Collection[int] = (), back: bool = False) -> Profile:
+        """What was seen; also in the backward pass, which has ended, where ``back``."""
+        kept = {key: size for key, size in self.kept.items() if key not in tables}
+        inside = sum(size for key, size in self.sizes.items() if key in kept or key in tables)
+        (peak, traffic, calls), (high, back_traffic, back_calls) = self.passes[False], self.passes[True]
+        self.back = True
+        return Profile(
+            entry=entry,
+            saved=sum(kept.values()),
+            copies=sum(size for key, size in kept.items() if key in self.copied),
+            forward=max(0, peak - inside),
+            backward=max(0, high - inside) if back else sum(kept.values()),
+            traffic=traffic,
+            back_traffic=back_traffic if back else 2 * traffic,
+            calls=calls,
+            back_calls=back_calls if back else 2 * calls,
+        )
+
+
+def _key(z: Tensor) -> int:
+    return z.untyped_storage()._cdata
+
+
+def _costs(mixer: nn.Module, length: int) -> tuple[float, ...]:
+    cost = mixer.cost(length)
+    return cost.params, cost.forward_flops, cost.executed_flops, cost.cache_bytes_per_token, cost.state_bytes
