@@ -18,6 +18,7 @@ from attnzoo.attention.timeline import Clock
 from attnzoo.context import Context
 from attnzoo.cost import Cost, Work, tally
 from attnzoo.objective import BlockDiffusion
+from attnzoo.parallel.tensor import CannotSplit, Share
 
 
 class Stage(nn.Module):
@@ -25,12 +26,34 @@ class Stage(nn.Module):
 
     ``rank`` sorts the stages of a chain (refine, combine, after); `score` lists the usual numbers. ``exact``
     is False where `work` bounds a count that depends on the data. ``sides``: which of q, k, v a refine stage
-    changes.
+    changes. ``additive``: the output of a sum is the sum of outputs.
+
+    Where ranks share heads: ``alike``: it does the same to every head, by weights that all heads share or
+    none. ``unsplit``: why it has no plan, where `split` is not its own.
     """
 
     rank = 0
     exact = True
     sides = "qkv"
+    additive = False
+    alike = False
+    unsplit = "no plan tells its heads apart"
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        # a plan does not know what a subclass changes, so each has its own or none
+        for name in {"split", "alike"} - vars(cls).keys():
+            setattr(cls, name, vars(Stage)[name])
+
+    def split(self, share: Share) -> None:
+        """Keeps the heads of one rank: weights, counts, shapes.
+
+        Raises:
+            CannotSplit: with the reason; the stage is then of no use.
+        """
+        if not self.alike:
+            raise CannotSplit(self.unsplit)
+        share.keep(self)
 
     def members(self) -> Iterable[Stage]:
         """The stages it is made of, itself included."""
@@ -92,6 +115,7 @@ class Mixer(nn.Module):
         objective: how it must be trained and sampled, where that is not by the next token.
         single_residual: whether a block has one residual around mixer and MLP together, none between them.
         after: stages on the output, each called as ``stage(y, call)``.
+        share: the rank's share of the heads, where ranks share them; see `attnzoo.parallel.tensor`.
     """
 
     name: str = ""
@@ -104,6 +128,7 @@ class Mixer(nn.Module):
     choices: Choices = same("reference", "the only implementation")
     gives: Mapping[str, object] = {}
     needs: Mapping[str, object] = {}
+    share: Share | None = None
 
     def __init__(self, after: Iterable[Stage] = ()) -> None:
         super().__init__()
@@ -148,7 +173,7 @@ class Mixer(nn.Module):
         call = Call(self.site, x, ctx, line, cache, impl)
         if ctx.span is not None:
             call.mem = PartMemory(line, ctx.span, x, self.memory(), self.retain())
-        y = self.out(self.heads(call), call)
+        y = self._mixed(call)
         for stage in self.after:
             y = stage(y, call)
         y = call.mem.close(y)
@@ -157,9 +182,39 @@ class Mixer(nn.Module):
             y = line.restore(y)
         return y
 
+    def _mixed(self, call: Call) -> Tensor:
+        """What the heads add to the stream, ``(B, T, D)``."""
+        share, x = self.share, call.x
+        if share is None:
+            return self.out(self.heads(call), call)
+        call.x, call.share = share.enter(x), share
+        y = share.leave(self.out(self.heads(call), call))
+        call.x, call.share = x, None
+        return y
+
     def heads(self, call: Call) -> Tensor:
         """Per-head outputs before the output projection; ``(B, T, H, d_v)``."""
         raise NotImplementedError
+
+    def split(self, share: Share) -> None:
+        """Keeps one rank's heads, and its part of the weights up to the output projection.
+
+        Raises:
+            CannotSplit: naming the stage that cannot, and why; the mixer is then of no use.
+        """
+        heads = self.heads_share(share)
+        for stage in (part for whole in self.chain() for part in whole.members()):
+            try:
+                stage.split(heads)
+            except CannotSplit as error:
+                raise CannotSplit(f"{type(stage).__name__}: {error}") from None
+        if self.num_heads % (heads.ways or heads.ranks) == 0:
+            self.num_heads = heads.count(self.num_heads)
+        self.share = share
+
+    def heads_share(self, share: Share) -> Share:
+        """What of the heads a rank has, where it is not as many as others have."""
+        return share
 
     def stages(self) -> Iterator[Stage]:
         """The stages in order, with those that stages are made of."""

@@ -12,6 +12,7 @@ from attnzoo.attention.site import Site
 from attnzoo.attention.slots import Cache
 from attnzoo.attention.timeline import Axis, Timeline
 from attnzoo.context import Context
+from attnzoo.parallel.tensor import Share
 
 
 class Raw(NamedTuple):
@@ -31,6 +32,7 @@ class Call:
         line: documents and positions of this forward; ``mem``: the layer's memory; ``shared``: the Context's
             dict.
         impl: what ops beside scores are asked for: "auto", "reference" or "triton".
+        share: the rank's share of the heads while it computes them, where ranks share heads.
         raw: q, k, v before position, once the projection has run.
         notes: what a stage hands to a later one of the same forward, by name.
     """
@@ -45,12 +47,14 @@ class Call:
         self.mem = Memory(line, cache)
         self.raw: Raw | None = None
         self.notes: dict[str, Any] = {}
+        self.share: Share | None = None
 
     @property
     def residual(self) -> Tensor:
         if self.ctx.residual is None:
             return self.x
-        return self.line.compact(self.ctx.residual) if self.ctx.timeline is None else self.ctx.residual
+        z = self.line.compact(self.ctx.residual) if self.ctx.timeline is None else self.ctx.residual
+        return z if self.share is None else self.share.enter(z)
 
     @property
     def query(self) -> Axis:
@@ -64,6 +68,7 @@ class Call:
     def aux(self, name: str, loss: Tensor, weight: float) -> None:
         """Reports an auxiliary loss (a scalar, not yet weighted) of this layer."""
         if self.ctx.collector is not None:
+            loss = loss if self.share is None else self.share.once(loss)
             self.ctx.collector.loss(name, self.site.layer, loss, weight)
 
     def stat(self, name: str, value: Tensor) -> None:

@@ -19,6 +19,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import combined
 from attnzoo.cost import Work
 from attnzoo.ops.scan import scan
+from attnzoo.parallel.tensor import Share
 from attnzoo_kernels.scan import scan_flops
 
 
@@ -54,6 +55,7 @@ class NoGates(Stage):
     """Nothing is forgotten, everything is written."""
 
     kind = "scalar"
+    alike = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
         return Terms(q, k, v)
@@ -89,6 +91,10 @@ class Scan(Stage):
     def choose(self, asked: str) -> Choices:
         """The implementation for the option ``impl``; see `choose_scan`. Other stages of the slot have it."""
         return choose_scan(asked, self.shape[1])
+
+    def split(self, share: Share) -> None:
+        self.shape = (share.count(self.shape[0]), *self.shape[1:])
+        self.groups = self.groups and share.count(self.groups)
 
     def forward(self, terms: Terms, call: Call) -> Tensor:
         return scanned(terms, "S", call, self.scale, self.chunk_size)

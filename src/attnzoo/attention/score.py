@@ -21,6 +21,7 @@ from attnzoo.attention.stages.combine import combined
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Geo, Keys, attention, computed_pairs
+from attnzoo.parallel.tensor import Share
 
 
 class Early:
@@ -59,6 +60,10 @@ class Late:
     def absorbs(self, new: int, keys: int) -> bool:
         return False
 
+    def heads_share(self, share: Share) -> Share:
+        """What of the heads a rank has, where what follows is additive; see `Mixer.heads_share`."""
+        return share
+
     def cached(self, rows: dict[str, Tensor], call: Call) -> tuple[dict[str, Tensor], Axis, bool]:
         """All rows so far, with their axis and whether the last of them are this forward's tokens."""
         rows = {name: call.mem.rows(name, row) for name, row in rows.items()}
@@ -96,6 +101,7 @@ class Single(Stage):
     counts = False
     whole = False
     plain = True
+    alike = True
 
     def forward(self, q: Tensor, keys: Keys, attend, call: Call) -> Tensor:
         return attend(q, keys)
@@ -205,6 +211,14 @@ class ScoreAttention(Mixer):
     def chain(self) -> Iterable[Stage]:
         single = (self.project, *self.refine, self.position, self.score, self.mask, self.normalise, self.read)
         return (s for s in (*single, *self.combine, self.out) if s is not None)
+
+    def heads_share(self, share: Share) -> Share:
+        adds_up = self.project.late and all(stage.additive for stage in self.combine)
+        return self.project.heads_share(share) if adds_up else share
+
+    def split(self, share: Share) -> None:
+        super().split(share)
+        self.sizes = (self.sizes[0] // share.ranks, *self.sizes[1:])
 
     def retain(self) -> Retain | None:
         return self.mask.retain()

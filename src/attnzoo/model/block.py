@@ -11,6 +11,7 @@ from attnzoo.attention.slots import Cache
 from attnzoo.attention.timeline import Timeline
 from attnzoo.context import Context
 from attnzoo.ops.fused import linear, rms_norm, split_linear, swiglu
+from attnzoo.parallel.tensor import CannotSplit, Share
 
 
 class RMSNorm(nn.Module):
@@ -31,13 +32,30 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden: int, out_std: float) -> None:
         super().__init__()
         self.halves = [hidden, hidden]
+        self.share: Share | None = None  # the rank's share of the channels, where ranks share them
         self.up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         nn.init.normal_(self.up.weight, std=INIT_STD)
         nn.init.normal_(self.down.weight, std=out_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self.down, swiglu(*split_linear(self.up, x, self.halves)))
+        if self.share is None:
+            return linear(self.down, swiglu(*split_linear(self.up, x, self.halves)))
+        hidden = swiglu(*split_linear(self.up, self.share.enter(x), self.halves))
+        return self.share.leave(linear(self.down, hidden))
+
+    def split(self, share: Share) -> None:
+        """Keeps one rank's channels.
+
+        Raises:
+            CannotSplit: they do not divide among the ranks.
+        """
+        hidden = self.halves[0]
+        if hidden % share.ranks:
+            raise CannotSplit(f"its {hidden} channels do not divide among {share.ranks} ranks")
+        share.rows(self.up, (hidden, 1), (hidden, 1))
+        share.columns(self.down, hidden, 1)
+        self.halves, self.share = [hidden // share.ranks] * 2, share
 
 
 class Block(nn.Module):

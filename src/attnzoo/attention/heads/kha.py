@@ -25,6 +25,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.site import flag
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 TARGETS = ("q", "k", "v")
@@ -65,6 +66,10 @@ class SharedHeadMap(Stage):
         if self.kind == "gate":
             return z * gate
         return (z @ self._part("up", target) * gate) @ self._part("down", target)
+
+    def split(self, share: Share) -> None:
+        self.shapes = share.shapes(self.shapes)
+        share.keep(self)
 
     def _part(self, name: str, target: str) -> Tensor:
         return getattr(self, f"{name}_{target}")

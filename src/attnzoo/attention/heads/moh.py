@@ -29,6 +29,7 @@ from attnzoo.attention.call import Call
 from attnzoo.attention.draft import Draft
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 
@@ -41,6 +42,7 @@ class HeadRouter(Stage):
     """
 
     rank = 50
+    additive = True
 
     def __init__(
         self, draft: Draft, shared: int, top: int, router: str, form: str, aux_weight: float
@@ -49,6 +51,7 @@ class HeadRouter(Stage):
         self.heads, self.shared, self.top = draft.o_heads, shared, top
         self.router, self.form, self.aux_weight = router, form, aux_weight
         self.dim, self.routed = draft.dim, draft.o_heads - shared
+        self.own = slice(None)  # heads that this rank has, of those that it routes
         learns = router == "linear"
         sizes = {
             "routed": self.routed if learns and self.routed > 1 else 0,
@@ -63,7 +66,13 @@ class HeadRouter(Stage):
     def forward(self, o: Tensor, call: Call) -> Tensor:
         gate = self._linear(call) if self.router == "linear" else self._qnorm(call)
         call.stat("moh/gate", gate)
-        return o * gate[..., None].to(o.dtype)
+        return o * gate[..., self.own, None].to(o.dtype)
+
+    def split(self, share: Share) -> None:
+        if self.router == "qnorm":
+            raise CannotSplit("router=qnorm compares the queries of all heads")
+        self.own = share.part(self.heads).rows
+        share.keep(self)
 
     def _softmax(self, name: str, x: Tensor) -> Tensor:
         """``(B, T, n)``; 1 where there is nothing to weigh.

@@ -15,6 +15,7 @@ from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import EVERY, Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, whole
+from attnzoo.parallel.tensor import Share
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class ChunkRead(Single):
     def __init__(self, rate: int, near: Mask, sizes: tuple[int, int, int, int]) -> None:
         super().__init__()
         self.rate, self.near, self.sizes = rate, near, sizes
+
+    def split(self, share: Share) -> None:
+        self.sizes = (share.count(self.sizes[0]), *self.sizes[1:])
 
     def forward(self, q: Tensor, keys: Keys, attend, call: Call) -> Tensor:
         T, axis = q.shape[2], keys.axis

@@ -30,6 +30,7 @@ from attnzoo.attention.latent.latent import Latent, settle
 from attnzoo.attention.stages.position import NoPosition
 from attnzoo.cards import Claim
 from attnzoo.ops.fused import rotate
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -48,6 +49,10 @@ class EliteRope(NoPosition):
             raise ValueError(f"rope_theta: must be positive, got {theta}")
         self.width, self.theta = width, theta
         self.register_buffer("pairs", torch.tensor(pairs))
+        self.own = slice(None)  # kv heads that this rank has
+
+    def split(self, share: Share) -> None:
+        self.own = share.part(len(self.pairs)).rows
 
     def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
         """``z`` ``(B, heads, T, 2r)``; consecutive query heads share a kv head's pairs."""
@@ -61,9 +66,10 @@ class EliteRope(NoPosition):
 
     def _table(self, pos: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """``(B or 1, T, heads, 2r)``, as `rotate` wants them."""
-        step = 2.0 * self.pairs.double() / self.width
+        pairs = self.pairs[self.own]
+        step = 2.0 * pairs.double() / self.width
         angle = pos.double()[:, :, None, None] * self.theta**-step
-        angle = angle.repeat_interleave(heads // len(self.pairs), dim=2)
+        angle = angle.repeat_interleave(heads // len(pairs), dim=2)
         cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

@@ -28,6 +28,8 @@ from attnzoo.registry import Card, register
 class GroupedLatent(Latent):
     """`Latent` whose parts have a norm of their own."""
 
+    split = Latent.split
+
     def latents(self, c: Tensor, call: Call) -> Tensor:
         parts = c.chunk(self.parts, dim=-1)
         if self.kv_gain is not None:

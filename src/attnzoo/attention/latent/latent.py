@@ -17,6 +17,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import rms_norm
+from attnzoo.parallel.tensor import Share
 
 # what the frame offers and a latent cannot take -> reason
 FIXED = {
@@ -146,6 +147,22 @@ class Latent(Late, Stage):
             q = torch.cat([q, q_rot], dim=-1)
         keys = Keys(c, c, rest=rows["k_rope"] if self.widths[1] else None)
         return q, keys, lambda z: torch.einsum("bthc,hvc->bthv", z, up_v.to(z.dtype))
+
+    def split(self, share: Share) -> None:
+        """Heads with their up-maps; a latent goes with those it serves, one for all to every rank."""
+        d_n, d_r, d_v = self.widths
+        if self.q_rank:
+            share.keep(self.q_down)
+        share.rows(self.q_up, (self.heads, d_n + d_r))
+        share.rows(self.kv_down, (self.parts, self.width), (self.rope_heads, d_r))
+        share.rows(self.kv_up, (self.kv_heads, d_n + d_v))
+        if self.kv_gain is not None:
+            share.cut(self, "kv_gain", (self.parts, self.width))
+        self.rank, self.parts = self.width * share.count(self.parts), share.count(self.parts)
+        self.heads, self.kv_heads, self.rope_heads = (
+            share.count(n) for n in (self.heads, self.kv_heads, self.rope_heads)
+        )
+        share.keep(self)
 
     def memory(self) -> dict[str, Slot]:
         rows = {"latent": Slot("rows", (self.parts, self.width))}

@@ -63,6 +63,8 @@ class TemporalLatent(Latent):
                 self.register_parameter(f"{side}_shift", flag(nn.Parameter(torch.zeros(width)), decay=False))
         self.chunk_map, self.token_map = nn.Linear(rank, hidden), nn.Linear(rank, hidden)
 
+    split = Latent.split
+
     def normed(self, z: Tensor, side: str) -> Tensor:
         if not self.layernorm:
             return super().normed(z, side)

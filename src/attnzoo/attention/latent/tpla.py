@@ -16,6 +16,7 @@ mu_r = 1 / rho_r). Our choice: trained from scratch, g = 2, mu_r = 1, rho_r = 1 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.latent.latent import FIXED, Latent, check_rank, settle, sizes
 from attnzoo.cards import Claim
 from attnzoo.ops.fused import rms_norm
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -50,9 +52,14 @@ class ShardedLatent(Latent):
     ) -> None:
         g = len(gains)
         super().__init__(draft, widths, rank, q_rank, norm, eps, parts=g, kv_heads=g * draft.num_heads)
-        self.gains, self.shares = gains, shares
+        self.gains, self.shares, self.slices = gains, shares, g
+        self.mine = slice(None)  # slices that this rank has
         # even where it is empty: `join` spreads the queries over the slices
         self.turned = ("k_rope",)
+
+    @property
+    def width(self) -> int:
+        return self.rank // self.slices
 
     def make_up(self, draft: Draft) -> nn.Module:
         return draft.linear("kv_up", self.rank, self.heads * (self.widths[0] + self.widths[2]))
@@ -62,13 +69,13 @@ class ShardedLatent(Latent):
         return up.permute(2, 0, 1, 3).flatten(0, 1)
 
     def latents(self, c: Tensor, call: Call) -> Tensor:
+        n = self.slices
         if self.shares is None:
-            return super().latents(c, call)
+            return self.normed(c, "kv").unflatten(-1, (n, self.width)).transpose(1, 2)[:, self.mine]
         parts = []
-        for part, gain, share in zip(
-            c.chunk(self.parts, dim=-1), self.kv_gain.chunk(self.parts), self.shares, strict=True
-        ):
-            loud = self.parts * share  # the slice's mean square over that of the whole latent
+        own = zip(c.chunk(n, dim=-1), self.kv_gain.chunk(n), self.shares, strict=True)
+        for part, gain, share in list(own)[self.mine]:
+            loud = n * share  # the slice's mean square over that of the whole latent
             parts.append(rms_norm(part, gain, self.eps * loud) * loud**0.5)
         return torch.stack(parts, dim=1)
 
@@ -76,15 +83,39 @@ class ShardedLatent(Latent):
         q = torch.cat([q if gain == 1.0 else q * gain for gain in self.gains], dim=1)
         return q, q_rot.repeat(1, self.parts, 1, 1)
 
+    def heads_share(self, share: Share) -> Share:
+        """Whole heads where the slices divide among the ranks: as in the paper each rank then caches its own
+        slices and reads them with all heads. Elsewhere ranks split heads, as of mla."""
+        return share if self.slices % share.ranks else share.whole()
+
+    def split(self, share: Share) -> None:
+        d_n, d_r, d_v = self.widths
+        if share.ways == 1:
+            slices = replace(share, ways=None)
+            slices.columns(self.kv_up, self.slices, self.width)
+            self.mine, self.parts = slices.part(self.slices).rows, slices.count(self.slices)
+            self.gains = self.gains[self.mine]
+        else:
+            share.rows(self.q_up, (self.heads, d_n + d_r))
+            share.rows(self.kv_up, (self.heads, d_n + d_v))
+            self.heads = share.count(self.heads)
+        self.kv_heads = self.heads * self.parts
+        share.keep(self)
+
 
 class SumShards(Stage):
     """The slices' outputs of each head, added up: ``(B, T, g H, d_v)`` -> ``(B, T, H, d_v)``."""
 
     rank = 10
+    additive = True
 
     def __init__(self, shards: int) -> None:
         super().__init__()
         self.shards = shards
+
+    def split(self, share: Share) -> None:
+        if share.ways == 1:  # see `ShardedLatent.heads_share`
+            self.shards //= share.ranks
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         return o.unflatten(2, (self.shards, -1)).sum(2)

@@ -25,6 +25,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.taylor import feature_count, taylor, taylor_flops
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -55,6 +56,9 @@ class Taylor(Stage):
         if asked not in ("auto", "reference"):
             raise ValueError(f"impl: {asked!r} has no kernel for polynomial weights; use auto or reference")
         return same("reference", "polynomial tiles and a state of key moments, in torch matmuls")
+
+    def split(self, share: Share) -> None:
+        self.shape = (share.count(self.shape[0]), *self.shape[1:])
 
     def memory(self) -> dict[str, Slot]:
         heads, width, v_width = self.shape

@@ -40,6 +40,7 @@ class TokenNorm(Stage):
     """Queries and keys with mean 0 and variance 1 over the head, without gains."""
 
     rank = 40
+    alike = True
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -55,6 +56,8 @@ class TokenNorm(Stage):
 
 class Polynomial(Stage):
     """Normalise stage: weights f_p(s) over their sum."""
+
+    alike = True
 
     def __init__(self, order: int) -> None:
         super().__init__()

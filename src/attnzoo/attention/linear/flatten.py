@@ -27,6 +27,7 @@ from attnzoo.attention.linear.linear import Normaliser, plain_sum
 from attnzoo.attention.site import flag
 from attnzoo.attention.stages.combine import LocalConv
 from attnzoo.cards import Claim
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 
@@ -48,6 +49,11 @@ class Focus(Stage):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         scale = F.softplus(self.s)[:, None]  # (G, 1, d)
         return self._focus(q, scale.repeat_interleave(self.groups, dim=0)), self._focus(k, scale), v
+
+    def split(self, share: Share) -> None:
+        if not self.per_head and self.power != 1:
+            raise CannotSplit("its norms are of all heads together")
+        share.cut(self, "s", (len(self.s), 1))
 
     def _focus(self, z: Tensor, scale: Tensor) -> Tensor:
         """``z`` ``(B, heads, T, d)``."""
@@ -71,6 +77,9 @@ class KeyTable(Stage):
         super().__init__()
         self.table = nn.Parameter(torch.empty(max_len, kv_heads, width))
         nn.init.trunc_normal_(self.table, std=0.02)
+
+    def split(self, share: Share) -> None:
+        share.cut(self, "table", (self.table.shape[1], 1), dim=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         place = call.line.place(len(self.table), "max_seq_len")

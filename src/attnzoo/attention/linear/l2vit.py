@@ -37,6 +37,7 @@ from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.attention.stages.running import running_sum
 from attnzoo.cards import Claim
 from attnzoo.ops.fused import rms_norm
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -57,6 +58,10 @@ class Placed(QKV):
     def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return super().qkv(x + causal_conv(x, self.place, call, "place"), call)
 
+    def split(self, share: Share) -> None:
+        super().split(share)
+        share.keep(self)
+
     def memory(self) -> dict[str, Slot]:
         dim, taps = self.place.shape
         return super().memory() | {"place": Slot("tail", (taps - 1, dim))}
@@ -71,6 +76,10 @@ class Floored(Normaliser):
     def __init__(self, heads: int, kv_heads: int, width: int, delta: float) -> None:
         super().__init__(heads, kv_heads, width, delta)
         self.tau = flag(nn.Parameter(torch.full((heads,), width**-0.5)), decay=False, reinit=False)
+
+    def split(self, share: Share) -> None:
+        share.cut(self, "tau", (self.heads, 1))
+        super().split(share)
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         q, k = (z.transpose(1, 2) for z in call.raw[:2])

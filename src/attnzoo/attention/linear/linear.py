@@ -31,6 +31,7 @@ from attnzoo.attention.stages.combine import HeadNorm
 from attnzoo.attention.stages.running import running_sum
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 SIGNED = ("identity", "hadamard")
@@ -87,6 +88,14 @@ class FeatureMap(Stage):
         y = z @ getattr(self, f"W_{name}{i}")
         return y + getattr(self, f"b_{name}{i}") if self.kind != "t2r" else y
 
+    def split(self, share: Share) -> None:
+        for name in ("q", "k"):
+            for i in range(LEARNED.get(self.kind, 0)):
+                share.cut(self, f"W_{name}{i}", (self.shapes[name][0], 1))
+                if self.kind != "t2r":
+                    share.cut(self, f"b_{name}{i}", (self.shapes[name][0], 1))
+        self.shapes = share.shapes(self.shapes)
+
     def work(self, length: int) -> Iterable[Work]:
         maps = LEARNED.get(self.kind, 0)
         if maps:
@@ -111,6 +120,9 @@ class Normaliser(Stage):
         z = running_sum(k.to(wide), call, "z").repeat_interleave(self.heads // self.kv_heads, dim=2)
         total = (q.to(wide) * z).sum(-1, keepdim=True)
         return (o.to(wide) / (total + self.eps)).to(o.dtype)
+
+    def split(self, share: Share) -> None:
+        self.heads, self.kv_heads = share.count(self.heads), share.count(self.kv_heads)
 
     def memory(self) -> dict[str, Slot]:
         return {"z": Slot("state", (self.kv_heads, self.width))}

@@ -31,6 +31,7 @@ class Divide(Stage):
     """``o / n``: n the tokens of the document so far, or a constant."""
 
     rank = 10
+    alike = True
 
     def __init__(self, constant: int | None = None) -> None:
         super().__init__()

@@ -30,11 +30,14 @@ from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.combine import Gate, LocalConv
 from attnzoo.attention.stages.running import count, running_sum
 from attnzoo.cards import Claim
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
 class Unrounded(NoGates):
     """No gates; values in fp32 at least, since the read-out takes a difference of large means."""
+
+    alike = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
         return Terms(q, k, v if v.dtype == torch.float64 else v.float())
@@ -64,6 +67,9 @@ class Magnitude(Stage):
         if self.mean:
             z, o = z * (self.scale / n), o / n
         return ((1 + 1 / (z + self.eps)) * o - z / n * v).to(call.raw.v.dtype)
+
+    def split(self, share: Share) -> None:
+        self.shapes = share.shapes(self.shapes)
 
     def memory(self) -> dict[str, Slot]:
         return {"k_sum": Slot("state", self.shapes["k"]), "v_sum": Slot("state", self.shapes["v"])}

@@ -34,6 +34,7 @@ from attnzoo.attention.stages.combine import Gate, HeadNorm
 from attnzoo.attention.stages.refine import ShortConv
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -54,6 +55,10 @@ class BlockMix(Stage):
         if asked not in ("auto", "reference"):
             raise ValueError(f"impl: {asked!r} has no kernel for mixed blocks; use auto or reference")
         return same("reference", "sums of blocks and their mixture, in torch matmuls")
+
+    def split(self, share: Share) -> None:
+        self.shape = (share.count(self.shape[0]), *self.shape[1:])
+        share.keep(self)
 
     def memory(self) -> dict[str, Slot]:
         heads, width, v_width = self.shape

@@ -29,6 +29,7 @@ from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.site import flag
 from attnzoo.attention.stages.combine import HeadNorm
 from attnzoo.attention.stages.refine import L2Norm
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -55,6 +56,12 @@ class Conditioning(Stage):
         if self.rule == "rescorla_wagner":
             return Terms(q, k, v, g=g, beta=eta.to(wide).expand(*v.shape[:2], -1))
         return Terms(q, k, v * eta[:, None].to(v.dtype), g=g)
+
+    def split(self, share: Share) -> None:
+        for name in ("a", "l"):
+            if hasattr(self, name):
+                share.cut(self, name, (self.heads, 1))
+        self.heads = share.count(self.heads)
 
     def _log_retention(self, wide: torch.dtype, device: torch.device) -> Tensor | None:
         """``(H,)`` log lambda; None = 1."""

@@ -37,6 +37,7 @@ from attnzoo.attention.stages.position import NoPosition, Rope
 from attnzoo.attention.stages.running import before, count, running_max, running_sum
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 from attnzoo_kernels.rows import by_rows
 from attnzoo_kernels.scan import scan_flops
@@ -71,6 +72,9 @@ class Relevance(NoGates):
         call.notes["rala"] = (features * weight, g)
         return Terms(q, k * weight.to(k.dtype), v, g=g)
 
+    def split(self, share: Share) -> None:
+        self.shape = (share.count(self.shape[0]), self.shape[1])
+
     def memory(self) -> dict[str, Slot]:
         return {"q_sum": Slot("state", self.shape), "m": Slot("state", self.shape[:1])}
 
@@ -92,6 +96,9 @@ class WeighedSum(Stage):
         q = call.raw.q.transpose(1, 2).to(k.dtype)
         total = scanned(Terms(q, k, torch.ones_like(k[..., :1]), g), "z", call, 1.0, self.chunk_size)
         return (o.to(k.dtype) / (total + EPS)).to(o.dtype)
+
+    def split(self, share: Share) -> None:
+        self.heads = share.count(self.heads)
 
     def memory(self) -> dict[str, Slot]:
         return {"z": Slot("state", (self.heads, self.width, 1))}
@@ -143,6 +150,10 @@ class PrefixExact(Stage):
         with torch.autocast(v.device.type, enabled=False):
             (o,) = by_rows(run, q.shape[2], k.shape[2])
         return o.transpose(1, 2).to(terms.v.dtype)
+
+    def split(self, share: Share) -> None:
+        self.shapes = share.shapes(self.shapes)
+        self.shape = (*self.shapes["q"], self.shapes["v"][1])
 
     def memory(self) -> dict[str, Slot]:
         return {

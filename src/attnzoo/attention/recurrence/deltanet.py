@@ -40,6 +40,7 @@ class SumNorm(Stage):
     """Queries and keys divided by the sum of their channels."""
 
     rank = 32
+    alike = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         return self._share(q), self._share(k), v

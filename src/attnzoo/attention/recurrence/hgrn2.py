@@ -27,6 +27,7 @@ from attnzoo.attention.stages.combine import FullNorm
 from attnzoo.attention.stages.gates import wide
 from attnzoo.attention.stages.refine import ShortConv
 from attnzoo.cards import Claim
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -35,6 +36,7 @@ class Bounds(nn.Module):
 
     def __init__(self, depth: int, width: int) -> None:
         super().__init__()
+        self.width = width
         self.Gamma = flag(nn.Parameter(torch.zeros(depth, width)), decay=False, reinit=False)
 
     def logs(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -53,9 +55,14 @@ class TiedKeys(Stage):
 
     rank = 15
 
-    def __init__(self, bounds: Bounds | None, layer: int) -> None:
+    def __init__(self, bounds: Bounds | None, layer: int, kv_heads: int) -> None:
         super().__init__()
-        self.bounds, self.layer = bounds, layer
+        self.bounds, self.layer, self.kv_heads = bounds, layer, kv_heads
+
+    def split(self, share: Share) -> None:
+        if self.bounds is not None:
+            width = self.bounds.width // self.kv_heads
+            share.cut(self.bounds, "Gamma", (self.kv_heads, width), dim=1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         logit = wide(k)
@@ -71,6 +78,7 @@ class TiedKeys(Stage):
 class TiedDecay(Stage):
     """The decay that belongs to the keys of `TiedKeys`."""
 
+    alike = True
     kind = "diagonal"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
@@ -128,6 +136,6 @@ def hgrn2(
     site, bounds, width = draft.site, None, draft.num_kv_heads * draft.head_dim
     if use_lower_bound and site.layer > 0:
         bounds = site.shared(f"hgrn2.bounds.{width}", lambda: Bounds(site.depth, width))
-    draft.put("refine", TiedKeys(bounds, site.layer))
+    draft.put("refine", TiedKeys(bounds, site.layer, draft.num_kv_heads))
     draft.put("gates", TiedDecay())
     draft.put("combine", FullNorm(draft.o_heads, draft.v_head_dim, draft.host["norm_eps"]))

@@ -33,6 +33,7 @@ from attnzoo.attention.stages.refine import ShortConv
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -57,6 +58,13 @@ class SSMProject(Early, Stage):
         q, k = (part.unflatten(-1, (self.groups, self.states)).transpose(1, 2) for part in (q, k))
         return q, k, v.unflatten(-1, (self.heads, self.width)).transpose(1, 2)
 
+    def split(self, share: Share) -> None:
+        value, key = (self.heads, self.width), (self.groups, self.states)
+        share.rows(self.in_proj, value, value, key, key, (self.heads, 1))
+        self.heads, self.groups = share.count(self.heads), share.count(self.groups)
+        inner, keys = self.heads * self.width, self.groups * self.states
+        self.sizes = [inner, inner, keys, keys, self.heads]
+
     def work(self, length: int) -> Iterable[Work]:
         inner, _, keys, _, heads = (2 * length * self.dim * size for size in self.sizes)
         yield Work("projections", "x", inner, per_head=True)
@@ -73,6 +81,9 @@ class Skip(Stage):
         super().__init__()
         self.D = flag(nn.Parameter(torch.ones(heads)), decay=False, reinit=False)
 
+    def split(self, share: Share) -> None:
+        share.cut(self, "D", (len(self.D), 1))
+
     def forward(self, o: Tensor, call: Call) -> Tensor:
         return torch.addcmul(o, call.raw.v.transpose(1, 2).to(o.dtype), self.D[:, None].to(o.dtype))
 
@@ -81,6 +92,7 @@ class GateFirst(Stage):
     """``o * silu(z)`` with z from ``call.notes``, before the norm."""
 
     rank = 25
+    alike = True
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         return o * F.silu(call.notes["z"]).to(o.dtype)

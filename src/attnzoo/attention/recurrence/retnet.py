@@ -34,6 +34,7 @@ from attnzoo.attention.stages.gates import FixedDecay, wide
 from attnzoo.attention.stages.running import count
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 from attnzoo_kernels.scan import scan_flops
 
@@ -71,6 +72,8 @@ class Xavier(Plain):
 class Kept(FixedDecay):
     """The decay; leaves what the scan runs on to `RowScale`."""
 
+    split = FixedDecay.split
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
         terms = super().forward(q, k, v, call)
         call.notes["retention"] = terms
@@ -97,6 +100,9 @@ class RowScale(Stage):
             root = (torch.expm1(seen * pace) / torch.expm1(pace)).sqrt()[..., None]  # (B or 1, T, H, 1)
             divisor = root * (total / root).abs().clamp(min=1)
         return (wide(o) / divisor).to(o.dtype)
+
+    def split(self, share: Share) -> None:
+        self.shape = (share.count(self.shape[0]), self.shape[1])
 
     def memory(self) -> dict[str, Slot]:
         return {"keys": Slot("state", (*self.shape, 1))}

@@ -26,6 +26,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
 from attnzoo.cards import Claim
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -60,6 +61,12 @@ class TokenShift(Stage):
         if call.line.doc is not None:
             before = torch.where((call.line.order >= 1)[..., None], before, torch.zeros((), dtype=z.dtype))
         return own * z + last * before.unflatten(-1, self.shapes[side]).transpose(1, 2)
+
+    def split(self, share: Share) -> None:
+        for side, (heads, _) in self.shapes.items():
+            for i in (1, 2):
+                share.cut(self, f"{self.names[side]}{i}", (heads, 1))
+        self.shapes = share.shapes(self.shapes)
 
     def memory(self) -> dict[str, Slot]:
         return {f"shift_{side}": Slot("tail", (1, heads * d)) for side, (heads, d) in self.shapes.items()}

@@ -26,6 +26,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 # query and key heads as divisors of H; 0 = one head
@@ -44,6 +45,20 @@ class TiledQueries(QKV):
     def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(x, call)
         return q.repeat(1, self.tiles, 1, 1), k, v
+
+    def split(self, share: Share) -> None:
+        """Query heads go with the key heads that they are repeated for."""
+        queries, *others = self.heads
+        keys = share.count(others[0])  # of a rank
+        if keys % queries and queries % keys:
+            raise CannotSplit(f"{queries} query heads do not repeat in whole for {keys} key heads per rank")
+        kept = min(queries, keys)
+        first = [share.piece(others[0], rank)[0] * keys for rank in range(share.ranks)]
+        of = tuple(head % queries // kept for head in first)
+        d, *widths = self.widths
+        share.rows(self.qkv_proj, (queries, d, of), *zip(others, widths, strict=True))
+        self.heads, self.tiles = (kept, keys, share.count(others[1])), keys // kept
+        self.sizes = [n * d for n, d in zip(self.heads, self.widths, strict=True)]
 
     def work(self, length: int) -> Iterable[Work]:
         # every query is read by several heads, so a router that rests some of them saves none

@@ -16,6 +16,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.refine import causal_conv
 from attnzoo.cost import Work
 from attnzoo.ops.fused import rms_norm
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo_kernels.launch import choose
 from attnzoo_kernels.norm_gate import MAX_WIDTH, norm_gate
 
@@ -24,6 +25,7 @@ class HeadNorm(Stage):
     """RMSNorm over each head's output with one gain ``(d_v,)`` shared by the heads, or without a gain."""
 
     rank = 30
+    alike = True
 
     def __init__(self, width: int, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
@@ -46,14 +48,35 @@ class FullNorm(Stage):
     def __init__(self, heads: int, width: int, eps: float = 1e-5, groups: int = 1) -> None:
         super().__init__()
         self.gain = flag(nn.Parameter(torch.ones(heads * width)), decay=False)
-        self.eps, self.groups = eps, groups
+        self.eps, self.groups, self.heads = eps, groups, heads
+        self.share: Share | None = None  # set where a group spans ranks
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         flat = o.flatten(2)
+        if self.share is not None:
+            return self._across(flat).view_as(o)
         if self.groups == 1:
             return rms_norm(flat, self.gain, self.eps).view_as(o)
         parts = flat.unflatten(-1, (self.groups, -1))
         return (rms_norm(parts, parts.new_ones(parts.shape[-1]), self.eps).flatten(2) * self.gain).view_as(o)
+
+    def _across(self, flat: Tensor) -> Tensor:
+        """One norm over the heads of all ranks."""
+        wide = flat if flat.dtype == torch.float64 else flat.float()
+        square = self.share.total(wide.square().sum(-1, keepdim=True)) / (self.share.ranks * flat.shape[-1])
+        return (wide * (square + self.eps).rsqrt() * self.gain.to(wide.dtype)).to(flat.dtype)
+
+    def split(self, share: Share) -> None:
+        if self.groups > 1 and self.groups % share.ranks:
+            raise CannotSplit(
+                f"its norms over {self.groups} groups of heads do not divide among {share.ranks} ranks"
+            )
+        share.cut(self, "gain", (self.heads, len(self.gain) // self.heads))
+        self.heads = share.count(self.heads)
+        if self.groups == 1:
+            self.share = share
+        else:
+            self.groups //= share.ranks
 
 
 class LocalConv(Stage):
@@ -88,6 +111,15 @@ class LocalConv(Stage):
         y = y.unflatten(-1, self.v)
         return o + (y if o.shape[2] == heads else y.repeat_interleave(o.shape[2] // heads, dim=2))
 
+    def split(self, share: Share) -> None:
+        heads, width = self.v
+        if self.shared:
+            share.keep(self)
+        else:
+            share.cut(self, "taps", self.v)
+            share.cut(self, "bias", self.v)
+        self.v = (share.count(heads), width)
+
     def memory(self) -> dict[str, Slot]:
         return {"conv_local": Slot("tail", (self.size - 1, self.v[0] * self.v[1]))}
 
@@ -104,6 +136,7 @@ class Gate(Stage):
     """
 
     rank = 40
+    additive = True
 
     def __init__(
         self,
@@ -128,6 +161,10 @@ class Gate(Stage):
     def before(self, call: Call) -> Tensor:
         """The gate before its activation, ``(B, T, H, width or 1)``."""
         return self.gate(call.x).unflatten(-1, self.shape)
+
+    def split(self, share: Share) -> None:
+        share.rows(self.gate, self.shape)
+        self.shape = (share.count(self.shape[0]), self.shape[1])
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work(
@@ -156,6 +193,10 @@ class LowRankGate(Gate):
 
     def before(self, call: Call) -> Tensor:
         return self.gate(self.down(call.x)).unflatten(-1, self.shape)
+
+    def split(self, share: Share) -> None:
+        Gate.split(self, share)
+        share.keep(self.down)
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work("gates", "output gate, down", 2 * length * self.dim * self.bottleneck)

@@ -19,6 +19,7 @@ from attnzoo.attention.draft import Draft
 from attnzoo.attention.recurrent import Terms
 from attnzoo.attention.site import flag
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 
 
 def wide(z: Tensor) -> Tensor:
@@ -60,6 +61,14 @@ class StepDecayBeta(Stage):
         g = -self.A_log.to(a.dtype).exp() * F.softplus(a + self.dt_bias.to(a.dtype))
         return Terms(q, k, v, g=g, beta=self.top * torch.sigmoid(b))
 
+    def split(self, share: Share) -> None:
+        dim, heads = self.sizes
+        for layer in (self.decay, self.beta):
+            share.rows(layer, (heads, 1))
+        for name in ("A_log", "dt_bias"):
+            share.cut(self, name, (heads, 1))
+        self.sizes = (dim, share.count(heads))
+
     def work(self, length: int) -> Iterable[Work]:
         yield Work("gates", "decay and beta", 4 * length * self.sizes[0] * self.sizes[1])
 
@@ -83,6 +92,12 @@ class Beta(Stage):
             return Terms(q, k, v, beta=self.top * torch.ones_like(wide(k[..., 0])))
         return Terms(q, k, v, beta=self.top * torch.sigmoid(wide(self.beta(call.x))))
 
+    def split(self, share: Share) -> None:
+        dim, heads = self.sizes
+        if self.beta is not None:
+            share.rows(self.beta, (heads, 1))
+        self.sizes = (dim, share.count(heads))
+
     def work(self, length: int) -> Iterable[Work]:
         if self.beta is not None:
             yield Work("gates", "beta", 2 * length * self.sizes[0] * self.sizes[1])
@@ -95,11 +110,15 @@ class FixedDecay(Stage):
 
     def __init__(self, heads: int, logs: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.heads, self.logs = heads, logs
+        self.first, self.heads, self.logs = 0, heads, logs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Terms:
-        index = torch.arange(self.heads, device=q.device, dtype=wide(q[:0]).dtype)
+        last = self.first + self.heads
+        index = torch.arange(self.first, last, device=q.device, dtype=wide(q[:0]).dtype)
         return Terms(q, k, v, g=self.logs(index))
+
+    def split(self, share: Share) -> None:
+        self.first, self.heads = share.part(self.heads)
 
 
 class StepDecay(Stage):
@@ -122,6 +141,10 @@ class StepDecay(Stage):
         step = F.softplus(dt + self.dt_bias.to(dt.dtype)).clamp(*self.limit)
         g = -self.A_log.to(dt.dtype).exp() * step
         return Terms(q, k, (v * step[..., None]).to(v.dtype), g=g)
+
+    def split(self, share: Share) -> None:
+        for name in ("A_log", "dt_bias"):
+            share.cut(self, name, (len(getattr(self, name)), 1))
 
 
 class LowRankDecay(Stage):
@@ -146,6 +169,13 @@ class LowRankDecay(Stage):
         g = g if self.least is None else g.clamp(min=self.least)
         g = g.unflatten(-1, self.shape)
         return Terms(q, k, v, g=g if self.repeat == 1 else g.repeat_interleave(self.repeat, dim=2))
+
+    def split(self, share: Share) -> None:
+        heads, width = self.shape
+        share.keep(self.down)
+        share.rows(self.up, self.shape)
+        self.shape = (share.count(heads), width)
+        self.repeat = share.count(heads * self.repeat) // self.shape[0]
 
     def work(self, length: int) -> Iterable[Work]:
         width = self.dim + math.prod(self.shape)
@@ -182,6 +212,15 @@ class ChannelDecayBeta(Stage):
         rate = self.A_log.to(raw.dtype).exp()[:, None]
         g = -rate * F.softplus(raw) if self.bound is None else self.bound * torch.sigmoid(rate * raw)
         return Terms(q, k, v, g=g, beta=self.top * torch.sigmoid(wide(self.beta(call.x))))
+
+    def split(self, share: Share) -> None:
+        heads, width = self.shape
+        share.keep(self.down)
+        share.rows(self.up, self.shape)
+        share.rows(self.beta, (heads, 1))
+        share.cut(self, "A_log", (heads, 1))
+        share.cut(self, "dt_bias", self.shape)
+        self.shape = (share.count(heads), width)
 
     def work(self, length: int) -> Iterable[Work]:
         width = self.dim + math.prod(self.shape)

@@ -194,6 +194,8 @@ class Either(Mask):
 class Static(Stage):
     """Mask stage: the same rule whatever the queries and keys."""
 
+    alike = True
+
     def __init__(self, mask: Mask) -> None:
         super().__init__()
         self.mask = mask

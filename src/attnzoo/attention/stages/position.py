@@ -19,6 +19,7 @@ class NoPosition(Stage):
 
     rotates = False
     appended = 0
+    alike = True
 
     def forward(self, q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return self.turn(q, call.line.pos, call), self.turn(k, call.line.pos, call)
@@ -46,6 +47,7 @@ class Rope(NoPosition):
     """
 
     rotates = True
+    alike = True
 
     def __init__(self, width: int, theta: float = 10000.0, field: str = "head_dim") -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from attnzoo.attention.site import Site
 from attnzoo.attention.slots import Slot
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear
+from attnzoo.parallel.tensor import Part, Share
 
 
 class QKV(Early, Stage):
@@ -59,6 +61,11 @@ class QKV(Early, Stage):
             for z, h, d in zip(parts, self.heads, self.widths, strict=True)
         )
 
+    def split(self, share: Share) -> None:
+        share.rows(self.qkv_proj, *zip(self.heads, self.widths, strict=True))
+        self.heads = tuple(share.count(n) for n in self.heads)
+        self.sizes = [n * d for n, d in zip(self.heads, self.widths, strict=True)]
+
     def memory(self) -> dict[str, Slot]:
         if not self.stores:
             return {}
@@ -89,11 +96,39 @@ class MappedQKV(QKV):
     ) -> None:
         super().__init__(*args, **kwargs)
         H, G_k, G_v = self.heads
-        for name, table, G in (("k_map", k_map, G_k), ("v_map", v_map, G_v)):
-            self.register_buffer(name, torch.tensor(consecutive(H, G) if table is None else list(table)))
+        given = ((k_map, G_k), (v_map, G_v))
+        self.tables = [consecutive(H, G) if table is None else list(table) for table, G in given]
+        for name, table in zip(("k_map", "v_map"), self.tables, strict=True):
+            self.register_buffer(name, torch.tensor(table))
+
+        # where ranks share heads: this one's query heads, its first key head, its first value head
+        self.mine: tuple[slice, int, int] | None = None
 
     def maps(self) -> tuple[Tensor, Tensor]:
-        return self.k_map, self.v_map
+        if self.mine is None:
+            return self.k_map, self.v_map
+        heads, first_k, first_v = self.mine
+        return self.k_map[heads] - first_k, self.v_map[heads] - first_v
+
+    def split(self, share: Share) -> None:
+        """Key and value heads go with the query heads that read them; where ranks would have different ones,
+        every rank has all."""
+        tables = zip(self.tables, self.heads[1:], strict=True)
+        cut = (True, *(_nests(share, table, G) for table, G in tables))
+        shapes = zip(self.heads, self.widths, cut, strict=True)
+        share.rows(self.qkv_proj, *((n, d) if own else (1, n * d) for n, d, own in shapes))
+        parts = [share.part(n) if own else Part(0, n) for n, own in zip(self.heads, cut, strict=True)]
+        self.mine = (parts[0].rows, *(part.first for part in parts[1:]))
+        self.heads = tuple(part.count for part in parts)
+        self.sizes = [n * d for n, d in zip(self.heads, self.widths, strict=True)]
+
+
+def _nests(share: Share, table: Sequence[int], heads: int) -> bool:
+    """Whether every rank's queries read no others than its part of ``heads``."""
+    if heads % share.ranks and share.ranks % heads:
+        return False
+    every = [replace(share, rank=rank) for rank in range(share.ranks)]
+    return all(set(table[s.part(len(table)).rows]) <= set(s.part(heads).each) for s in every)
 
 
 def largest_divisor(count: int, limit: int) -> int:

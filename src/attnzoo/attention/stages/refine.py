@@ -15,6 +15,7 @@ from attnzoo.attention.site import flag
 from attnzoo.attention.slots import Slot
 from attnzoo.ops import conv
 from attnzoo.ops.fused import rms_norm
+from attnzoo.parallel.tensor import Share
 from attnzoo_kernels.launch import choose
 from attnzoo_kernels.short_conv import MAX_TAPS, short_conv
 
@@ -27,6 +28,7 @@ class QKNorm(Stage):
     """
 
     rank = 30
+    alike = True
 
     def __init__(self, width: int, eps: float = 1e-6, sides: str = "qk") -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class L2Norm(Stage):
     """Queries and keys of unit length: ``x / sqrt(sum x² + eps)`` over the head."""
 
     rank = 32  # after a norm with gains, so that keys stay of unit length
+    alike = True
 
     def __init__(self, eps: float = 1e-6) -> None:
         super().__init__()
@@ -104,6 +107,13 @@ class ShortConv(Stage):
         y = causal_conv(flat, getattr(self, name), call, name, self.acts[i], bias)
         return y.unflatten(-1, self.shapes[i]).transpose(1, 2)
 
+    def split(self, share: Share) -> None:
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            share.cut(self, name, shape)
+            if getattr(self, f"{name}_bias") is not None:
+                share.cut(self, f"{name}_bias", shape)
+        self.shapes = [(share.count(heads), width) for heads, width in self.shapes]
+
     def memory(self) -> dict[str, Slot]:
         sizes = (h * d for h, d in self.shapes)
         return {name: Slot("tail", (self.size - 1, c)) for name, c in zip(self.names, sizes, strict=True)}
@@ -116,6 +126,7 @@ class Activation(Stage):
     """The activations of a `ShortConv` that is left out."""
 
     rank = 10
+    alike = True
 
     def __init__(self, acts: list[Callable[[Tensor], Tensor]]) -> None:
         super().__init__()
