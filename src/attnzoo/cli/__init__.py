@@ -110,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", help="the new folder; attnzoo.load and init_from take it")
     export.set_defaults(command=_command("export", "export_command"))
 
+    tokenize = commands.add_parser("tokenize", help="write text as shards of tokens, for data=tokens")
+    tokenize.add_argument("out", help="the folder; finished shards in it are kept")
+    tokenize.add_argument("option", nargs="*", help="as of train: data=text data.path=... tokenizer=bpe")
+    tokenize.add_argument("--shard-tokens", type=int, default=100_000_000, help="training tokens of a shard")
+    tokenize.add_argument("--processes", type=int, default=1, help="the result does not depend on it")
+    tokenize.add_argument("--check", action="store_true", help="compare every shard with its checksum")
+    tokenize.set_defaults(command=_command("tokenize", "tokenize_command"))
+
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which implementation each variant uses here"
     )

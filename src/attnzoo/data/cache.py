@@ -17,6 +17,7 @@ import numpy as np
 
 from .config import DataConfig, TokenizerConfig
 from .corpora import load_documents, source_key
+from .encoding import encoded, start_of
 from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, dtype_for, shard_name
 from .split import SPLITS, Split, digest, plan_split
 from .stream import TokenStream, open_streams
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import datasets
 
 _FORMAT = 1  # part of the fingerprint: raise it whenever other tokens come out
-_PIECE = 1 << 20  # characters encoded at once: tokenizers need some hundred bytes of memory per token
-_VOCABULARY_BYTES = 100_000_000  # of training text that a BPE is trained on: more hardly changes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _build(
     known = [(digest(text), len(text.encode())) for text in _texts(documents)]
     split = plan_split(known, cfg.val_fraction)
     if tokenizer is None:
-        tokenizer = train_bpe(_vocabulary_text(documents, split), tokenizer_cfg.vocab_size)
+        tokenizer = train_bpe(start_of(_parts(documents, split, "train")), tokenizer_cfg.vocab_size)
     tokenizer.save(folder / "tokenizer")
     dtype = dtype_for(tokenizer.vocab_size)
     shards = {
@@ -150,21 +149,6 @@ def _write_split(
     return shard
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int | None]]:
-    """Ids of `texts`, in pieces of bounded length. The last piece of each ends with the end token and comes
-    with the bytes of its text beyond those of its tokens, the others with None.
-    """
-    missing = 0  # of the current document
-    for batch in _batches(_pieces(texts)):
-        for (piece, last), ids in zip(batch, tokenizer.encode_batch([p for p, _ in batch]), strict=True):
-            missing += len(piece.encode()) - tokenizer.byte_length(ids)
-            if last:
-                yield np.append(ids, tokenizer.eos_id), missing
-                missing = 0
-            else:
-                yield ids, None
-
-
 def _texts(documents: datasets.Dataset) -> Iterator[str]:
     for batch in documents.iter(batch_size=64):
         yield from batch["text"]
@@ -173,38 +157,3 @@ def _texts(documents: datasets.Dataset) -> Iterator[str]:
 def _parts(documents: datasets.Dataset, split: Split, name: str) -> Iterator[str]:
     """The texts of one split."""
     return (part for text in _texts(documents) for owner, part in split.parts(text) if owner == name)
-
-
-def _vocabulary_text(documents: datasets.Dataset, split: Split) -> Iterator[str]:
-    """The training text that a vocabulary is learnt from."""
-    room = _VOCABULARY_BYTES
-    for piece, _ in _pieces(_parts(documents, split, "train")):
-        yield piece
-        room -= len(piece.encode())
-        if room < 0:
-            return
-
-
-def _pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """(piece, is the document's last one): pieces of bounded length, cut behind a line where there is one."""
-    for text in texts:
-        at = 0
-        while at < len(text):
-            end = at + _PIECE
-            if end < len(text):
-                end = text.rfind("\n", at, end) + 1 or end
-            yield text[at:end], end >= len(text)
-            at = end
-
-
-def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces gathered to a few times the largest one: enough for a tokenizer's threads to share."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size > 4 * _PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

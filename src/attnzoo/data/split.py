@@ -14,6 +14,13 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def is_held_out(key: bytes, fraction: float) -> bool:
+    """Whether the document of this digest belongs to the held-out `fraction` of a source that is too long to
+    be read twice: a function of the document alone, where `plan_split` looks at all of them.
+    """
+    return int.from_bytes(key[:8], "little") < fraction * 2**64
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The held-out documents by digest or, for a single document, the share of its text to train on."""
