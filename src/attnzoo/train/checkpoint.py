@@ -102,7 +102,7 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Any]:
-    """The model, ready to generate, and the tokenizer of a run folder, of one of its checkpoints or of an export.
+    """The model, ready to generate, and the tokenizer of a run folder, a checkpoint or an export.
 
     Raises:
         ValueError: no complete checkpoint, no tokenizer beside it, or one with another vocabulary.

@@ -89,11 +89,14 @@ def prepare(config: DictConfig) -> Run:
     if getattr(data, "val_seq_len", None):
         with torch.no_grad():  # layers that look at their data refuse a length now, not when training is over
             model(torch.zeros(1, data.val_seq_len, dtype=torch.long))
-    if checkpoint:
-        check_vocabulary(corpus.tokenizer, checkpoint, field)
-        load_weights(model, checkpoint, field)
     resume = checkpoint if field == "ckpt_path" else None
     run = Run(plain, folder, trainer, optim, launcher, corpus, model, cost, plan, resume)
+    if resume:
+        _check_same(run)
+    elif checkpoint:
+        check_vocabulary(corpus.tokenizer, checkpoint, field)
+    if checkpoint:
+        load_weights(model, checkpoint, field)
     if resume:
         _check_resume(run)
     return run
@@ -179,7 +182,7 @@ def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:
     return field, config[field]
 
 
-def _check_resume(run: Run) -> None:
+def _check_same(run: Run) -> None:
     """A resumed run must see the same samples with the same model, unless ``ckpt_force``."""
     there = run.resume["model_config"] | run.resume["identity"]
     here = dict(run.model.config) | identity(run)
@@ -200,6 +203,10 @@ def _check_resume(run: Run) -> None:
         )
     if changed and pl.utilities.rank_zero_only.rank == 0:
         print(f"ckpt_force: going on although {'; '.join(changed)}", flush=True)
+
+
+def _check_resume(run: Run) -> None:
+    """The optimiser must be of the same kind, and something must be left to do."""
     check_named_state(run.model, run.optim, run.resume["optimizer"])
     done = Progress(**run.resume["progress"])
     for field, before, limit in (
