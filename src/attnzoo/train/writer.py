@@ -48,7 +48,7 @@ class Writer:
 
 
 def to_cpu(content: Any, seen: dict[tuple, Tensor] | None = None) -> Any:
-    """A copy on the CPU of nested dicts and lists; tensors that share their memory still do.
+    """A copy on the CPU of nested dicts and lists; tensors that share their memory still do."""
     seen = {} if seen is None else seen
     if isinstance(content, dict):
         return {key: to_cpu(value, seen) for key, value in content.items()}
