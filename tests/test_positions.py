@@ -13,6 +13,8 @@ from torch import nn
 
 from attnzoo import Context, create_model
 from attnzoo.data import IGNORED, targets
+from attnzoo.parallel.layout import Layout
+from attnzoo.parallel.ranks import Ranks
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.metrics import bucket_edges, loss_by_position
 from attnzoo.train.prepare import prepare
@@ -98,7 +100,7 @@ def validate(rank: int, world: int, labelled: bool) -> dict:
     torch.manual_seed(1)
     model = create_model("mha", vocab_size=11, dim=8, depth=1, num_heads=2)
     nn.init.normal_(model.head.weight)
-    validation = Validation(make_samples(labelled), 2, rank, world)
+    validation = Validation(make_samples(labelled), 2, Ranks(Layout(world, rank)))
     return validation.run(model, torch.device("cpu"), torch.no_grad)
 
 

@@ -1,6 +1,6 @@
 """How the ranks of a run share its work: batches, sequences, heads.
 
-Ranks are numbered as (data, context, tensor), tensor fastest, so that ranks which exchange most are neighbours.
+Ranks are numbered as (data, context, tensor), tensor fastest: those which exchange most are neighbours.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class LauncherSettings:
         check_number("launcher.timeout", self.timeout, 1)
         if self.splits > 1 and self.strategy not in ("auto", "fsdp"):
             raise ValueError(
-                f"launcher.strategy: tensor_parallel and context_parallel go with fsdp, got {self.strategy!r}; "
-                "leave it out"
+                "launcher.strategy: tensor_parallel and context_parallel go with fsdp, got "
+                f"{self.strategy!r}; leave it out"
             )
 
     @property
@@ -103,6 +103,11 @@ class Layout:
     def data(self) -> int:
         """Ranks that read different samples."""
         return self.world // (self.context * self.tensor)
+
+    @property
+    def batches(self) -> int:
+        """Ranks among which gradients are averaged: all that do not share heads."""
+        return self.world // self.tensor
 
     @property
     def data_rank(self) -> int:

@@ -96,9 +96,9 @@ class Diffusion:
         self.mask_id = self.spec.mask_id(model.config["vocab_size"])
 
     def training(
-        self, model: nn.Module, batch: dict, collector: Collector | None = None
+        self, model: nn.Module, batch: dict, collector: Collector | None = None, span: None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss summed over masked tokens, and their number."""
+        """The loss summed over masked tokens, and their number; no rank has a part of the sequences."""
         tokens, ids, spec = batch["tokens"], _ids(batch), self.spec
         blocks, free = find_blocks(ids, spec.block_size), ids > 0
         t = draw_t(blocks, spec)
@@ -110,7 +110,7 @@ class Diffusion:
         return masked_loss(logits, tokens, masked, 1 / t), masked.sum()
 
     @torch.no_grad()
-    def validation(self, model: nn.Module, batch: dict, seed: int) -> Measured:
+    def validation(self, model: nn.Module, batch: dict, seed: int, span: None = None) -> Measured:
         """The estimated bound summed over the targets, and their number; the same draws for a ``seed``."""
         tokens, ids = batch["tokens"], _ids(batch)
         blocks, free = find_blocks(ids, self.spec.block_size), ids > 0

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from attnzoo.parallel.ranks import Ranks
 from attnzoo.train.batches import Batch, collate
 from attnzoo.train.metrics import Measured, loss_by_position
 from attnzoo.train.objective import objective_of
@@ -25,9 +25,12 @@ class Validation:
     Args:
         samples: the corpus's validation samples, the same in every run.
         batch_size: samples per forward pass.
+        ranks: who shares the samples, and each of them.
     """
 
-    def __init__(self, samples: Sequence[Sample], batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, samples: Sequence[Sample], batch_size: int, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        rank, world = self.ranks.layout.data_rank, self.ranks.layout.data
         own = [samples[i] for i in range(rank, len(samples), world)]
         # sharded models talk in every forward pass, so every rank makes as many of them
         rounds = math.ceil(math.ceil(len(samples) / world) / batch_size)
@@ -35,9 +38,10 @@ class Validation:
         self.batches: list[Batch] = [
             collate(own[i * batch_size : (i + 1) * batch_size] or [blank]) for i in range(rounds)
         ]
-        self.bytes = sum(int(batch["target_bytes"].sum()) for batch in self.batches)
+        # ranks that share a sequence have its bytes together
+        size = sum(int(batch["target_bytes"].sum()) for batch in self.batches)
+        self.bytes = size / self.ranks.layout.context
         self.labelled = "labels" in samples[0]
-        self.rank, self.world = rank, world
 
     @torch.no_grad()
     def run(self, model: nn.Module, device: torch.device, autocast: Autocast) -> dict[str, Any]:
@@ -46,17 +50,18 @@ class Validation:
         """
         was_training, objective = model.training, objective_of(model, self.labelled)
         model.eval()
-        sums: list[Tensor] = []
+        layout, sums = self.ranks.layout, list[Tensor]()
         for i, batch in enumerate(self.batches):
             with autocast():
-                part = objective.validation(model, to_device(batch, device), self.rank + self.world * i)
+                seed = layout.data_rank + layout.data * i
+                part = objective.validation(model, to_device(batch, device), seed, self.ranks.span)
             known = [value.cpu().double() for value in part if value is not None]
             sums = [a + b for a, b in zip(sums, known, strict=True)] if sums else known
         model.train(was_training)
-        size = torch.tensor(float(self.bytes), dtype=torch.float64)
-        if self.world > 1:
+        size = torch.tensor(self.bytes, dtype=torch.float64)
+        if layout.world > 1:
             for value in (*sums, size):
-                value.copy_(_add_ranks(value.to(device)))
+                value.copy_(self.ranks.add(value.to(device)))
         return self._report(Measured(*sums), size.item())
 
     def _report(self, total: Measured, size: float) -> dict[str, Any]:
@@ -68,11 +73,6 @@ class Validation:
             "val_accuracy": total.correct.sum().item() / count if self.labelled else None,
             "val_loss_by_position": loss_by_position(total.nll, total.count) if by_position else None,
         }
-
-
-def _add_ranks(value: Tensor) -> Tensor:
-    dist.all_reduce(value)
-    return value
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

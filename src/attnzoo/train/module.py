@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from attnzoo import Collector
+from attnzoo.parallel.ranks import Ranks
+from attnzoo.parallel.shard import whole_layers
 from attnzoo.train.batches import Batch, batch_fingerprint
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.guard import RunFailed, find_culprit
@@ -58,6 +60,7 @@ class LanguageModule(pl.LightningModule):
 
     Args:
         model: the language model; its parameters stay fp32 whatever the precision.
+        ranks: who shares the model, the samples and the sequences.
         resume: the checkpoint to go on from.
     """
 
@@ -68,10 +71,11 @@ class LanguageModule(pl.LightningModule):
         optim: OptimSettings,
         plan: Plan,
         validation: Validation,
+        ranks: Ranks,
         resume: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.plan, self.validation = model, plan, validation
+        self.model, self.plan, self.validation, self.ranks = model, plan, validation, ranks
         self.settings, self.optim_settings, self.objective = trainer, optim, objective_of(model)
         self.progress = Progress(**resume["progress"]) if resume else Progress()
         self.metrics: dict[str, Any] = {}
@@ -92,10 +96,14 @@ class LanguageModule(pl.LightningModule):
         clock = self.progress.seconds / self.settings.max_seconds if self.settings.max_seconds else 0.0
         return min(max(steps, clock), 1.0)
 
+    def configure_model(self) -> None:
+        self.ranks.spread(self.model, self.device.type)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.ranks.mark(self.model)
         self.optimizer = build_optimizer(self.model, self.optim_settings)
         if self._resume:
-            load_named_state(self.model, self.optimizer, self._resume["optimizer"])
+            load_named_state(self.model, self.optimizer, self._resume["optimizer"], self.ranks.part)
             self._resume = None
         return self.optimizer
 
@@ -105,10 +113,15 @@ class LanguageModule(pl.LightningModule):
         The learning rate, the samples and all random draws are functions of the seed and the step, so neither
         schedule nor sampler nor generators have a state to keep.
         """
+        params = dict(self.model.named_parameters(remove_duplicate=False))
+        state = named_state(self.model, self.optimizer)
         return {
-            "model": self.model.state_dict(),
+            "model": self.ranks.whole(self.model.state_dict(), params),
             "model_config": dict(self.model.config),
-            "optimizer": named_state(self.model, self.optimizer),
+            "optimizer": {
+                name: self.ranks.whole(entry, dict.fromkeys(_shaped(entry, params[name]), params[name]))
+                for name, entry in state.items()
+            },
             "progress": vars(self.progress).copy(),
         }
 
@@ -130,7 +143,7 @@ class LanguageModule(pl.LightningModule):
             for layer, value in layers.items():
                 known[layer] = value / self.settings.accumulate + known.get(layer, 0.0)
         return (nll + auxiliary * count) * (
-            self.settings.accumulate * self.trainer.world_size / self.plan.tokens_per_step
+            self.settings.accumulate * self.ranks.layout.batches / self.plan.tokens_per_step
         )
 
     def _begin_step(self) -> None:
@@ -145,21 +158,23 @@ class LanguageModule(pl.LightningModule):
 
     def _loss_terms(self, batch: Batch, micro: int) -> tuple[Tensor, Tensor, Tensor]:
         # draws depend on the step, not on what was drawn before, so that a resumed run repeats them
-        seed_draws(f"{self.plan.seed}/{self.progress.step}/{micro}/{self.global_rank}")
+        layout = self.ranks.layout
+        seed_draws(f"{self.plan.seed}/{self.progress.step}/{micro}/{layout.rank // layout.tensor}")
         self._collector = Collector()
-        nll, count = self.objective.training(self.model, batch, self._collector)
+        nll, count = self.objective.training(self.model, batch, self._collector, self.ranks.span)
         return nll, count, self._collector.total(self.settings.aux_weights)
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Make the gradients those of the token-weighted mean, clip them, and stop on what is not finite."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        ranks, layout = self.ranks, self.ranks.layout
+        grads = ranks.settle_gradients(self.model)
         now = time.perf_counter() - self._epoch
-        sums = torch.cat([self._sums, self._sums.new_tensor([now, float(self.stop_signal > 0)])])
-        if self.trainer.world_size > 1:
-            dist.all_reduce(sums)
-        norm = torch.nn.utils.get_total_norm(grads)
+        square = ranks.squared_norm(self.model) if layout.sharded else torch.zeros((), device=self.device)
+        more = self._sums.new_tensor([now, float(self.stop_signal > 0)])
+        sums = ranks.add(torch.cat([self._sums / layout.tensor, more, square.to(self._sums)[None]]))
+        norm = sums[-1].sqrt() if layout.sharded else torch.nn.utils.get_total_norm(grads)
         # the only wait for the device in a step
-        nll, auxiliary, count, seconds, stop, norm = torch.cat([sums, norm.to(sums)[None]]).tolist()
+        nll, auxiliary, count, seconds, stop, _, norm = torch.cat([sums, norm.to(sums)[None]]).tolist()
         weight = self.plan.tokens_per_step / max(count, 1.0)
         self._norm = norm * weight
         if not math.isfinite(nll + auxiliary + self._norm):
@@ -170,7 +185,7 @@ class LanguageModule(pl.LightningModule):
             torch._foreach_mul_(grads, weight)
         self.meter.add(nll, auxiliary, count)
         # ranks must stop together, so they share one clock and every request
-        self._seconds, self._stop = seconds / self.trainer.world_size, stop > 0
+        self._seconds, self._stop = seconds / layout.world, stop > 0
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -188,20 +203,19 @@ class LanguageModule(pl.LightningModule):
 
     def _agree_on_signal(self) -> None:
         # it may have reached some of the ranks only, and all of them end by it
-        if self.trainer.world_size > 1:
+        if self.ranks.layout.world > 1:
             number = torch.tensor(float(self.stop_signal), device=self.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.stop_signal = int(number)
 
     def _tell_layers(self, step: int) -> None:
         """What changes in the layers outside the gradient, the same on every rank."""
-        if self.trainer.world_size > 1:
-            for layers in self._stats.values():
-                for value in layers.values():
-                    dist.all_reduce(value)
-                    value /= self.trainer.world_size
+        for layers in self._stats.values():
+            for value in layers.values():
+                self.ranks.add(value).div_(self.ranks.layout.world)
         generator = torch.Generator().manual_seed(derived_seed(f"{self.plan.seed}/{step}/layers"))
-        self.model.on_step(step, self._stats, generator)
+        with whole_layers(self.model):
+            self.model.on_step(step, self._stats, generator)
 
     def _report(self, validate: bool) -> None:
         metrics = {**vars(self.progress), **self.meter.report(), "lr": self._lr, "grad_norm": self._norm}
@@ -244,3 +258,8 @@ def seed_draws(key: str) -> None:
 
 def derived_seed(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _shaped(entry: dict[str, Tensor], param: nn.Parameter) -> list[str]:
+    """Which parts of an optimiser's state of a parameter are cut as it is."""
+    return [name for name, value in entry.items() if value.shape == param.shape]

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from attnzoo import Collector, Context
 from attnzoo.data import IGNORED
+from attnzoo.parallel.context import Span
 from attnzoo.registry import lacking
 from attnzoo.train.batches import Batch
 from attnzoo.train.diffusion import Diffusion
@@ -27,12 +28,12 @@ class Objective(Protocol):
     measures: str
 
     def training(
-        self, model: nn.Module, batch: Batch, collector: Collector | None = None
+        self, model: nn.Module, batch: Batch, collector: Collector | None = None, span: Span | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss summed over what it counts, in nats, and their number."""
+        """The loss summed over what it counts, in nats, and their number; those of the part ``span``."""
 
-    def validation(self, model: nn.Module, batch: Batch, seed: int) -> Measured:
-        """What the targets of a held-out batch add up to."""
+    def validation(self, model: nn.Module, batch: Batch, seed: int, span: Span | None = None) -> Measured:
+        """What the targets of a held-out batch add up to; those of the part ``span``, zeros elsewhere."""
 
     def train_flops(self, model: nn.Module, seq_len: int) -> tuple[float, float]:
         """FLOPs of a forward and backward per token of data: needed, and run by the implementation."""
@@ -57,28 +58,38 @@ class NextToken:
                 )
 
     def training(
-        self, model: nn.Module, batch: Batch, collector: Collector | None = None
+        self, model: nn.Module, batch: Batch, collector: Collector | None = None, span: Span | None = None
     ) -> tuple[Tensor, Tensor]:
-        context = Context(segment_ids=batch["segment_ids"], collector=collector)
-        logits = model(batch["tokens"], ctx=context)  # (B, T, V)
-        targets = batch["targets"]
+        context = Context(segment_ids=batch["segment_ids"], collector=collector, span=span)
+        logits = model(batch["tokens"], ctx=context)  # (B, T, V), of the rank's part
+        targets = batch["targets"] if span is None else span.cut(batch["targets"])
         nll = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return nll, (targets != IGNORED).sum()
 
     @torch.no_grad()
-    def validation(self, model: nn.Module, batch: Batch, seed: int) -> Measured:
-        targets = batch["targets"]
-        logits = model(batch["tokens"], ctx=Context(segment_ids=batch["segment_ids"]))  # (B, T, V)
+    def validation(self, model: nn.Module, batch: Batch, seed: int, span: Span | None = None) -> Measured:
+        context = Context(segment_ids=batch["segment_ids"], span=span)
+        logits = model(batch["tokens"], ctx=context)  # (B, T, V), of the rank's part
+        targets = batch["targets"] if span is None else span.cut(batch["targets"])
         exact = logits if logits.dtype == torch.float64 else logits.float()
         nll = cross_entropy(
             exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         ).view_as(targets)
         counted, correct = targets != IGNORED, logits.argmax(-1) == targets
-        return Measured(nll.sum(0), counted.sum(0), correct.sum(0))
+        sums = (nll.sum(0), counted.sum(0), correct.sum(0))
+        return Measured(*(z if span is None else _in_place(z, span) for z in sums))
 
     def train_flops(self, model: nn.Module, seq_len: int) -> tuple[float, float]:
         cost = model.cost(seq_len)
         return cost.train_flops, 3 * cost.executed_flops
+
+
+def _in_place(z: Tensor, span: Span) -> Tensor:
+    """What a part's positions have, at their places in the whole sequence."""
+    length = z.shape[0]
+    whole = z.new_zeros(length * span.ranks)
+    whole[span.rank * length : (span.rank + 1) * length] = z
+    return whole
 
 
 def objective_of(model: nn.Module, labelled: bool = False) -> Objective:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -142,10 +142,24 @@ def check_named_state(model: nn.Module, settings: OptimSettings, state: Mapping[
             )
 
 
-def load_named_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Put back what `named_state` gave; learning rates and the like stay those of ``optimizer``."""
-    names = {id(p): name for name, p in model.named_parameters()}
+def load_named_state(
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    part: Callable[[Tensor, nn.Parameter], Tensor] = lambda full, like: full,
+) -> None:
+    """Put back what `named_state` gave; learning rates and the like stay those of ``optimizer``.
+
+    Args:
+        part: of a full tensor of a parameter's shape, what belongs to the parameter of this rank.
+    """
+    params = dict(model.named_parameters())
+    names = {id(p): name for name, p in params.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        name: {key: part(value, params[name]) if value.ndim else value for key, value in entry.items()}
+        for name, entry in state.items()
+    }
     # a state_dict numbers parameters in the order of the groups
     saved = optimizer.state_dict()
     saved["state"] = {number: state[name] for number, name in enumerate(order) if name in state}

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from attnzoo import Collector, Context, create_model
+from attnzoo.cluster.ranks import launcher_here
 from attnzoo.cost import Cost
 from attnzoo.data import Corpus, build_data
 from attnzoo.data.config import DataConfig, parse_data
@@ -65,11 +66,7 @@ def prepare(config: DictConfig) -> Run:
         ValueError: the first mistake, in one line that names the field.
     """
     plain = OmegaConf.to_container(config, resolve=True)
-    if "slurm" in plain["launcher"]:
-        raise ValueError(
-            "launcher: slurm is for cells of a sweep, not for a single run; use attnzoo sweep launcher=slurm "
-            "or attnzoo train launcher=local inside a job of your own"
-        )
+    plain["launcher"] = launcher_here(plain["launcher"])
     trainer, optim, data = read_groups(plain)
     launcher = read_launcher(plain)
     folder, seed, field, start = Path(plain["run_dir"]), plain["seed"], *_starting_point(plain)

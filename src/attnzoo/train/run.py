@@ -19,6 +19,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from attnzoo.model import generate
+from attnzoo.parallel.layout import Layout
+from attnzoo.parallel.ranks import Ranks
 from attnzoo.signals import deaf
 from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, Draws, GracefulStop
@@ -39,22 +41,27 @@ def execute(run: Run) -> dict[str, Any]:
         ValueError: the hardware or a logger asked for is not there; nothing is written.
     """
     quieten()
-    trainer, reason = _build_trainer(run)
-    ranks = {"rank": trainer.global_rank, "world": trainer.world_size}
+    trainer, reason, layout = _build_trainer(run)
+    ranks = Ranks(layout)
     first = run.resume["progress"]["step"] if run.resume else 0
     batches = CounterBatches(
-        first, run.plan.total_steps, run.plan.batch_size, run.trainer.accumulate, **ranks
+        first,
+        run.plan.total_steps,
+        run.plan.batch_size,
+        run.trainer.accumulate,
+        layout.data_rank,
+        layout.data,
     )
     if batches.size % run.corpus.pack:
         raise ValueError(
             f"data.pack: must divide the {batches.size} samples of a micro-batch, got {run.corpus.pack}; "
             "lower trainer.accumulate or raise data.batch_size"
         )
-    validation = Validation(run.corpus.validation(), batches.size, **ranks)
-    module = LanguageModule(run.model, run.trainer, run.optim, run.plan, validation, run.resume)
+    validation = Validation(run.corpus.validation(), batches.size, ranks)
+    module = LanguageModule(run.model, run.trainer, run.optim, run.plan, validation, ranks, run.resume)
     trainer.loggers = _instances(run.config["logger"])
     if trainer.is_global_zero:
-        _open_folder(run, trainer, first, f"{trainer.precision} ({reason})")
+        _open_folder(run, trainer, layout, first, f"{trainer.precision} ({reason})")
     for logger in trainer.loggers:
         logger.log_hyperparams(run.config)
     try:
@@ -73,10 +80,10 @@ def _reason(error: BaseException) -> str:
     return "interrupted" if interrupted else str(error) or type(error).__name__
 
 
-def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
-    """Lightning's trainer, and why it has its precision."""
-    launcher = run.config["launcher"]
-    wanted = launcher["accelerator"]
+def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
+    """Lightning's trainer, why it has its precision, and this rank's place."""
+    launcher = run.launcher
+    wanted = launcher.accelerator
     gpu = torch.cuda.is_available() and wanted in ("auto", "gpu", "cuda")
     mps = torch.backends.mps.is_available() and wanted in ("auto", "gpu", "mps") and not gpu
     device = torch.device("cuda" if gpu else "mps" if mps else "cpu")
@@ -97,7 +104,10 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
             }
     try:
         trainer = pl.Trainer(
-            **launcher,
+            accelerator=launcher.accelerator,
+            devices=launcher.devices,
+            num_nodes=launcher.num_nodes,
+            strategy=launcher.build_strategy(),
             precision=precision,
             callbacks=callbacks,
             default_root_dir=run.folder,
@@ -111,8 +121,10 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str]:
             enable_model_summary=False,
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"launcher: {str(error).splitlines()[0]}, got {launcher}") from error
-    return trainer, reason
+        raise ValueError(f"launcher: {str(error).splitlines()[0]}, got {vars(launcher)}") from error
+    split = {"context": launcher.context_parallel, "tensor": launcher.tensor_parallel}
+    layout = Layout(trainer.world_size, trainer.global_rank, **split, sharded=launcher.sharded)
+    return trainer, reason, layout
 
 
 def _instances(group: Mapping[str, Any]) -> list[Any]:
@@ -123,7 +135,7 @@ def _instances(group: Mapping[str, Any]) -> list[Any]:
         raise (error.__cause__ or error) from None
 
 
-def _open_folder(run: Run, trainer: pl.Trainer, first: int, precision: str) -> None:
+def _open_folder(run: Run, trainer: pl.Trainer, layout: Layout, first: int, precision: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(run.config)))
     write_json(
@@ -133,6 +145,7 @@ def _open_folder(run: Run, trainer: pl.Trainer, first: int, precision: str) -> N
             trainer.strategy.root_device,
             precision=precision,
             ranks=trainer.world_size,
+            layout=layout.facts(),
             data_fingerprint=run.corpus.fingerprint,
             tokenizer_fingerprint=run.corpus.tokenizer.fingerprint,
         ),
@@ -185,6 +198,8 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    # nothing here writes into what a model returns
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     os.environ.setdefault("WANDB_SILENT", "true")
 
 
