@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.remove("--traceback")
         os.environ["ATTNZOO_TRACEBACK"] = "1"
     try:
-        if arguments[:1] in (["train"], ["sweep"]):
+        if arguments[:1] in (["train"], ["sweep"], ["plan"]):
             return _command(arguments[0], arguments[0])(arguments[1:])
         options = _parser().parse_args(arguments)
         return options.command(options)
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", help=TRAIN_HELP, add_help=False)
     commands.add_parser("sweep", help="train a grid of configurations: attnzoo sweep --help", add_help=False)
+    commands.add_parser("plan", help="memory and step time on many GPUs: attnzoo plan --help", add_help=False)
 
     generate = commands.add_parser("generate", help="continue prompts with a trained model")
     generate.add_argument("run", help="a run folder or a checkpoint")

@@ -31,7 +31,10 @@ from attnzoo import Context, create_model
 from attnzoo.model import LanguageModel
 from attnzoo.parallel.context import Span, check_spans
 from attnzoo.parallel.plan import split_heads
+from attnzoo.parallel.shard import entangled
 from attnzoo.plan.probes import Exchanges, QuietRanks, QuietShare, Tally
+from attnzoo.train.optim import parameter_groups
+from attnzoo.train.settings import OptimSettings
 
 # products, whose time is that of their FLOPs and not of what they read
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "convolution", "attention", "scan")
@@ -72,18 +75,22 @@ class Traced:
     Args:
         tables: bytes that the layers of a forward share, such as masks.
         shapes: by name of the rank's parameters, before they are spread over others.
+        by_muon: names of those that Muon would train, where it is the optimiser.
+        entangled: whether FSDP gathers all blocks at once, see `attnzoo.parallel.shard`.
     """
 
     blocks: tuple[Profile, ...]
     ends: Profile
     tables: float
     shapes: Mapping[str, torch.Size]
+    by_muon: frozenset[str]
+    entangled: bool
 
     def scaled(self, two: Traced, rows: int) -> Traced:
         """For ``rows`` samples, from this one for one sample and ``two`` for two: all grows by equal steps."""
         blocks = tuple(_scaled(a, b, rows) for a, b in zip(self.blocks, two.blocks, strict=True))
         tables = self.tables + (rows - 1) * (two.tables - self.tables)
-        return Traced(blocks, _scaled(self.ends, two.ends, rows), tables, self.shapes)
+        return replace(self, blocks=blocks, ends=_scaled(self.ends, two.ends, rows), tables=tables)
 
 
 def _scaled(one: Profile, two: Profile, rows: int) -> Profile:
@@ -93,48 +100,71 @@ def _scaled(one: Profile, two: Profile, rows: int) -> Profile:
     return Profile(**{n: grow(getattr(one, n), getattr(two, n)) for n in flat}, ahead=ahead, back=back)
 
 
-def trace(
-    options: Mapping[str, Any],
-    rows: int,
-    length: int,
-    *,
-    context: int = 1,
-    tensor: int = 1,
-    bf16: bool = True,
-    gpu: bool = True,
-) -> Traced:
-    """Profiles of a model that trains on ``rows`` samples of ``length`` tokens, on one rank.
+class Subject:
+    """A model without storage, or one rank's part of it, to be run at any shape.
 
     Args:
-        options: arguments of `create_model`.
-        context, tensor: ranks that share the sequences, and the heads; it is the last of the former, which
-            sees most keys.
+        options: arguments of `create_model`. tensor: ranks that share the heads.
         bf16: under autocast; else fp32.
         gpu: the path of a GPU; else that of this CPU.
 
     Raises:
-        ValueError: a layer looks at its data, is not trained by the next token, or cannot be split so.
+        ValueError: the model is not trained by the next token, or its heads cannot be shared so.
     """
-    with FakeTensorMode(), ExitStack() as stack:
-        model, tally = create_model(**options), Tally()
-        if model.objective is not None:
-            raise ValueError("model.layout: plans are for next-token training, got layers of block diffusion")
-        check_spans(model, context, length)
-        if tensor > 1:
-            split_heads(model, QuietShare(0, tensor, tally=tally))
-        span = Span(context - 1, context, QuietRanks(context, tally)) if context > 1 else None
-        if gpu:
-            for mixer in model.mixers:
-                mixer.choices = dict.fromkeys(("cpu", "cuda"), mixer.choices["cuda"])
-            stack.enter_context(_AsGpu())
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext())
-        try:
-            return _Tracer(model, tally).run(rows, length, span)
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-            raise ValueError(
-                f"model.layout: {options['layout']!r} looks at its data while it runs, so its memory cannot be "
-                "counted without data; measure a run of a few steps instead"
-            ) from None
+
+    def __init__(
+        self, options: Mapping[str, Any], tensor: int = 1, bf16: bool = True, gpu: bool = True
+    ) -> None:
+        self.mode, self.tally, self.bf16, self.gpu = FakeTensorMode(), Tally(), bf16, gpu
+        with self.mode, undrawn():
+            self.model = create_model(**options)
+            if self.model.objective is not None:
+                raise ValueError(
+                    "model.layout: plans are for next-token training, got layers of block diffusion; "
+                    "measure a run of a few steps instead"
+                )
+            if tensor > 1:
+                split_heads(self.model, QuietShare(0, tensor, tally=self.tally))
+        for param in self.model.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for mixer in self.model.mixers if gpu else ():
+            mixer.choices = dict.fromkeys(("cpu", "cuda"), mixer.choices["cuda"])
+        self.names = [repr(block) for block in self.model.blocks]
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.by_muon = _by_muon(self.model)
+
+    def trace(self, rows: int, length: int, context: int = 1) -> Traced:
+        """Profiles of a micro-batch of ``rows`` samples of ``length`` tokens, which ``context`` ranks share; on
+        the last of them, which sees most keys.
+
+        Raises:
+            ValueError: a layer looks at its data, or its sequences cannot be shared so.
+        """
+        check_spans(self.model, context, length)
+        span = Span(context - 1, context, QuietRanks(context, self.tally)) if context > 1 else None
+        with self.mode, ExitStack() as stack:
+            if self.gpu:
+                stack.enter_context(_AsGpu())
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext())
+            try:
+                return _Tracer(self).run(rows, length, span)
+            except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+                raise ValueError(
+                    f"model.layout: {self.model.config['layout']!r} looks at its data while it runs, so its "
+                    "memory cannot be counted without data; measure a run of a few steps instead"
+                ) from None
+
+
+class undrawn(TorchFunctionMode):  # noqa: N801
+    """Initial weights are not drawn, which is most of the time that a model without storage takes."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_, nn.init.uniform_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _AsGpu(TorchFunctionMode):
@@ -153,24 +183,22 @@ class _AsGpu(TorchFunctionMode):
 class _Tracer:
     """Runs a model part by part."""
 
-    def __init__(self, model: LanguageModel, tally: Tally) -> None:
-        self.model, self.tally = model, tally
-        self.parameters = {_key(p) for p in model.parameters()}
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.model, self.tally = subject, subject.model, subject.tally
+        self.parameters = {_key(p) for p in self.model.parameters()}
+        self.number = {id(block): i for i, block in enumerate(self.model.blocks)}
         self.blocks: list[Profile] = []
         self.known: dict[Hashable, Profile] = {}
         self.first: set[Hashable] = set()
-        self.linked = any(mixer.gives or mixer.needs for mixer in model.mixers)
+        self.linked = any(mixer.gives or mixer.needs for mixer in self.model.mixers)
         self.seen: set[int] = set()
         self.alive: list[Any] = []
         self.line: Any = None
 
     def run(self, rows: int, length: int, span: Span | None) -> Traced:
-        shapes = {name: p.shape for name, p in self.model.named_parameters()}
         tokens = targets = torch.zeros(rows, length, dtype=torch.long)
         watch = _Watch(self.parameters)
         self.model.run_block = lambda *args: self._block(watch, *args)
-        for param in self.model.parameters():
-            param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with watch, self._kept(watch):
             logits = self.model(tokens, Context(span=span))
             targets = targets if span is None else span.cut(targets)
@@ -182,10 +210,13 @@ class _Tracer:
             with watch, torch.autocast("cpu", enabled=False):
                 loss.backward()
             ends = watch.profile(back=True)
-        return Traced(tuple(self.blocks), ends, tables, shapes)
+        subject = self.subject
+        return Traced(
+            tuple(self.blocks), ends, tables, subject.shapes, subject.by_muon, entangled(self.model)
+        )
 
     def _block(self, outer: _Watch, block: nn.Module, h: Tensor, ctx: Context, line: Any, cache: None) -> Tensor:
-        self.line, key = line, (repr(block), *_costs(block.mixer, h.shape[1]))
+        self.line, key = line, (self.subject.names[self.number[id(block)]], *_costs(block.mixer, h.shape[1]))
         with outer.paused():
             if not self.linked and key in self.known:
                 self.blocks.append(self.known[key])
@@ -299,6 +330,12 @@ class _Watch(TorchDispatchMode):
             calls=calls,
             back_calls=back_calls if back else 2 * calls,
         )
+
+
+def _by_muon(model: LanguageModel) -> frozenset[str]:
+    groups = parameter_groups(model, OptimSettings(name="muon"))
+    chosen = {id(p) for group in groups if group["kind"] == "muon" for p in group["params"]}
+    return frozenset(name for name, p in model.named_parameters() if id(p) in chosen)
 
 
 def _key(z: Tensor) -> int:
