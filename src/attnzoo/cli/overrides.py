@@ -8,14 +8,14 @@ from typing import Any
 
 from attnzoo.train.settings import nearest
 
-FREE = ("attention.", "trainer.aux_weights=")
+FREE = ("attention.", "trainer.aux_weights=", "data.sources")
 
 
 def order(arguments: Iterable[str]) -> list[str]:
     """Command-line arguments as Hydra wants them: flags first, then overrides.
 
     ``attention.x=1`` becomes ``++attention.x=1``: which options exist is for the card to say, not the tree;
-    likewise the names of auxiliary losses.
+    likewise the names of auxiliary losses and of a mixture's sources.
     """
     flags, overrides = [], []
     for argument in arguments:

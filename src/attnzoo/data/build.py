@@ -32,11 +32,16 @@ def build_data(data: Mapping[str, Any], tokenizer: Mapping[str, Any], seed: int 
         if data["name"] == "mix":
             from .mix import build_mix
 
-            return build_mix(cfg, tokenizer, seed)
+            return build_mix(cfg, vocabulary, seed)
         from .synthetic import PREFIX, build_synthetic
 
         _check_default(f"{PREFIX}{cfg.task.name}", vocabulary)
         return build_synthetic(cfg, seed)
+    return build_source(cfg, vocabulary, seed)
+
+
+def build_source(cfg: DataConfig, vocabulary: TokenizerConfig, seed: int) -> Corpus:
+    """A corpus of text. Raises ValueError as `build_data` does."""
     if cfg.name == "stream":
         from .streaming import build_stream
 

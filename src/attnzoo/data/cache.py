@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from .config import DataConfig, TokenizerConfig
 from .corpora import load_documents, source_key
 from .encoding import encoded, start_of
-from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, dtype_for, shard_name
+from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, dtype_for, key_of, shard_name
 from .split import SPLITS, Split, digest, plan_split
 from .stream import TokenStream, open_streams
 from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe
@@ -26,6 +25,7 @@ from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe
 if TYPE_CHECKING:
     import datasets
 
+T = TypeVar("T")
 _FORMAT = 1  # part of the fingerprint: raise it whenever other tokens come out
 
 
@@ -60,9 +60,17 @@ def open_cache(cfg: DataConfig, tokenizer_cfg: TokenizerConfig) -> TokenCache:
     tokenizer = ready_tokenizer(tokenizer_cfg)
     chosen = tokenizer.fingerprint if tokenizer else tokenizer_cfg.vocab_size
     parts = [_FORMAT, FORMAT, source_key(cfg), cfg.val_fraction, tokenizer_cfg.name, chosen]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-    folder = cache_root(cfg) / "tokens" / key
-    found = _opened(folder)
+    folder = cache_root(cfg) / "tokens" / key_of(*parts)
+    return built(folder, _opened, lambda into: _build(into, cfg, tokenizer_cfg, tokenizer))
+
+
+def built(folder: Path, opened: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:
+    """What `opened` finds in `folder`; where it finds None, `build` is called first, in one process only.
+
+    Raises:
+        ValueError: as `build` does, or the folder cannot be written.
+    """
+    found = opened(folder)
     if found:
         return found
     with _writable(folder.parent):
@@ -71,10 +79,10 @@ def open_cache(cfg: DataConfig, tokenizer_cfg: TokenizerConfig) -> TokenCache:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Other processes wait for the one that builds: the ranks of a run start at the same moment.
         with filelock.FileLock(f"{folder}.lock"):
-            found = _opened(folder)
+            found = opened(folder)
             if not found:
-                _replace(folder, lambda into: _build(into, cfg, tokenizer_cfg, tokenizer))
-                found = _opened(folder)
+                _replace(folder, build)
+                found = opened(folder)
                 assert found, folder
     return found
 

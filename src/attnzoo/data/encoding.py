@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
 from .tokenizer import Tokenizer
 
+T = TypeVar("T")
 PIECE = 1 << 20  # characters encoded at once: tokenizers need some hundred bytes of memory per token
 _VOCABULARY_BYTES = 100_000_000  # of training text that a BPE is trained on: more hardly changes it
 
@@ -25,6 +27,31 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.nda
                 missing = 0
             else:
                 yield ids, None
+
+
+def encode_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(ids with the end token, bytes of text beyond those of the tokens) of each document."""
+    parts = []
+    for ids, extra in encoded(texts, tokenizer):
+        parts.append(ids.astype(dtype))
+        if extra is not None:
+            yield (parts[0] if len(parts) == 1 else np.concatenate(parts)), extra
+            parts = []
+
+
+def gathered(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Lists of consecutive items; each is full with the item that brings it above `limit`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total > limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def start_of(texts: Iterable[str]) -> Iterator[str]:
@@ -51,12 +78,4 @@ def _pieces(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     """Pieces gathered to a few times the largest one: enough for a tokenizer's threads to share."""
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0])
-        if size > 4 * PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return gathered(pieces, lambda piece: len(piece[0]), 4 * PIECE)

@@ -6,8 +6,11 @@ A shard holds whole documents, in order:
     stops   (documents,) int64, the position behind each document's last token
     extra   (documents,) int64, bytes of text less the bytes of its tokens: what a tokenizer's normalisation
             dropped (positive) or a leading blank of its own added (negative); zero for bytes
+    sums    (blocks,) uint32, CRC-32 of each block of 64 KiB of the above
 
-all little-endian. Sizes are compared with the manifest whenever a folder is opened, checksums by `damaged`.
+all little-endian. Sizes are compared with the manifest whenever a folder is opened. A process verifies `stops`
+and `extra` when it first reads from a shard, and each block of tokens when it first reads from that block;
+`damaged` verifies everything.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from typing import Any
 
 import numpy as np
 
+from .checksums import SUM, WAY_OUT, CheckedFile, Summing
+from .checksums import count as sums_of
 from .split import SPLITS
 
-FORMAT = 2  # of the bytes above and of the manifest
+FORMAT = 3  # of the bytes above and of the manifest
 MANIFEST = "manifest.json"
 _INDEX = np.dtype("<i8")
 _DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -44,6 +49,11 @@ class Shard:
 
     def size(self, dtype: np.dtype) -> int:
         """Bytes of the file."""
+        content = self.content(dtype)
+        return content + sums_of(content) * SUM.itemsize
+
+    def content(self, dtype: np.dtype) -> int:
+        """Bytes of the file that the sums at its end are of."""
         return self.index_at(dtype) + 2 * self.documents * _INDEX.itemsize
 
     def index_at(self, dtype: np.dtype) -> int:
@@ -81,6 +91,11 @@ class Manifest:
         return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
+def key_of(*parts: Any) -> str:
+    """32 hexadecimal digits that name what JSON says of `parts`."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
 def dtype_for(vocab_size: int) -> np.dtype:
     """The smallest type that holds every id."""
     return _DTYPES["uint16" if vocab_size <= 1 << 16 else "uint32"]
@@ -104,7 +119,7 @@ class ShardWriter:
         self.tokens = 0
         self._stops: list[int] = []
         self._extra: list[int] = []
-        self._digest = hashlib.sha256()
+        self._digest, self._sums = hashlib.sha256(), Summing()
         self._temporary = path.with_name(f".{path.name}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115, closed by close or discard
 
@@ -124,6 +139,7 @@ class ShardWriter:
             return None
         self._write(bytes(shard.index_at(self.dtype) - self.tokens * self.dtype.itemsize))
         self._write(np.array(self._stops, _INDEX).tobytes() + np.array(self._extra, _INDEX).tobytes())
+        self._write(self._sums.finish())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -138,20 +154,38 @@ class ShardWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
+        self._sums.update(data)
 
 
-def map_shard(folder: Path, shard: Shard, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, stops and extra of a shard, memory-mapped. Raises ValueError where it was cut meanwhile."""
-    try:
-        data = np.memmap(folder / shard.name, dtype=np.uint8, mode="r", shape=(shard.size(dtype),))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.path: shard '{folder / shard.name}' cannot be mapped ({error}); copy or tokenise it again"
-        ) from None
-    data = data.view(np.ndarray)  # a memmap's own indexing costs more than what it returns
-    tokens = data[: shard.tokens * dtype.itemsize].view(dtype)
-    index = data[shard.index_at(dtype) :].view(_INDEX)
-    return tokens, index[: shard.documents], index[shard.documents :]
+class MappedShard:
+    """A shard, memory-mapped and verified as it is read.
+
+    Attributes:
+        stops, extra: (documents,) int64.
+
+    Raises:
+        ValueError: the file was cut or damaged since the folder was opened.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, dtype: np.dtype) -> None:
+        path, self._dtype = folder / shard.name, dtype
+        try:
+            self._file = CheckedFile(path, shard.content(dtype))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"data.path: shard '{path}' cannot be mapped ({error}); {WAY_OUT}") from None
+        self._file.check(shard.index_at(dtype), shard.content(dtype))
+        self._tokens = self._file.data[: shard.tokens * dtype.itemsize].view(dtype)
+        index = self._file.data[shard.index_at(dtype) :].view(_INDEX)
+        self.stops, self.extra = index[: shard.documents], index[shard.documents :]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from ``start`` on, before ``stop``; raises ValueError where they are damaged."""
+        stop = min(stop, len(self))
+        self._file.check(start * self._dtype.itemsize, stop * self._dtype.itemsize)
+        return self._tokens[start:stop]
 
 
 def read_manifest(folder: Path) -> Manifest:

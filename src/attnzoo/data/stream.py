@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .shards import Manifest, Shard, check_sizes, map_shard, read_manifest
+from .shards import Manifest, MappedShard, Shard, check_sizes, read_manifest
 from .split import SPLITS
 
 _MAPPED = 256  # shards at the same time: a map holds a file descriptor, and processes get about a thousand
@@ -51,7 +51,7 @@ class TokenStream:
         self.folder, self.split, self.dtype = folder, split, manifest.dtype
         self.shards: list[Shard] = manifest.shards[split]
         self.stops = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
-        self._mapped: collections.OrderedDict[int, tuple[np.ndarray, ...]] = collections.OrderedDict()
+        self._mapped: collections.OrderedDict[int, MappedShard] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return int(self.stops[-1]) if self.shards else 0
@@ -61,26 +61,31 @@ class TokenStream:
         return TokenStream, (self.folder, self.split)
 
     def read(self, start: int, count: int) -> Piece:
-        """`count` tokens from position `start` on, at most one circle; O(log shards + log documents)."""
+        """`count` tokens from position `start` on, at most one circle; O(log shards + log documents).
+
+        Raises:
+            ValueError: they are damaged.
+        """
         length = len(self)
         assert 0 <= start < length and 0 <= count <= length, (start, count, length)
         number = int(np.searchsorted(self.stops, start, side="right"))
         at = start - (int(self.stops[number - 1]) if number else 0)
         parts, done = [], 0
         while done < count:
-            tokens, stops, extra = self._map(number)
-            part, ends, more = cut(tokens, stops, extra, at, min(count - done, len(tokens) - at))
+            shard = self._map(number)
+            part = shard.tokens(at, at + count - done)
+            _, ends, more = cut(part, shard.stops, shard.extra, at, len(part))
             parts.append((part, ends + done, more))
             done, at, number = done + len(part), 0, (number + 1) % len(self.shards)
         tokens, ends, extra = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return Piece(tokens.astype(np.int64), ends, extra)
 
-    def _map(self, number: int) -> tuple[np.ndarray, ...]:
+    def _map(self, number: int) -> MappedShard:
         found = self._mapped.pop(number, None)
         if found is None:
             if len(self._mapped) >= _MAPPED:
                 self._mapped.popitem(last=False)
-            found = map_shard(self.folder, self.shards[number], self.dtype)
+            found = MappedShard(self.folder, self.shards[number], self.dtype)
         self._mapped[number] = found
         return found
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +27,7 @@ from attnzoo.train.store import write_atomic
 
 from .config import TEXT_SOURCES, DataConfig, TokenizerConfig
 from .corpora import source_key, texts_of
-from .encoding import PIECE, encoded, start_of
+from .encoding import PIECE, encode_documents, gathered, start_of
 from .journal import JOURNAL, Done, add_to_journal, begin_journal, check_plan, read_journal
 from .shards import (
     MANIFEST,
@@ -38,6 +37,7 @@ from .shards import (
     check_sizes,
     damaged,
     dtype_for,
+    key_of,
     read_manifest,
     shard_name,
 )
@@ -102,10 +102,9 @@ def check(folder: Path) -> list[str]:
 
 
 def _plan(cfg: DataConfig, vocabulary: TokenizerConfig, shard_tokens: int) -> dict[str, Any]:
-    source = hashlib.blake2b(json.dumps(source_key(cfg)).encode(), digest_size=16).hexdigest()
     ready = ready_tokenizer(vocabulary)
     return {
-        "source": source,
+        "source": key_of(source_key(cfg)),
         "val_fraction": cfg.val_fraction,
         "tokenizer": ready.fingerprint if ready else f"{vocabulary.name} {vocabulary.vocab_size}",
         "shard_tokens": shard_tokens,
@@ -192,7 +191,7 @@ def _documents(
     folder: Path, cfg: DataConfig, tokenizer: Tokenizer, skip: int, processes: int
 ) -> Iterator[Document]:
     """The source's documents behind the first `skip`, tokenised, in order."""
-    batches = _batches(islice(texts_of(cfg), skip, None))
+    batches = gathered(islice(texts_of(cfg), skip, None), len, PIECE)
     if processes == 1:
         for batch in batches:
             yield from _encode(batch, tokenizer)
@@ -216,18 +215,6 @@ def _documents(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size > PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 _own: Tokenizer | None = None  # of a process of the pool
 
 
@@ -239,11 +226,5 @@ def _begin(tokenizer: Path) -> None:
 
 def _encode(texts: list[str], tokenizer: Tokenizer | None = None) -> list[Document]:
     tokenizer = tokenizer or _own
-    dtype = dtype_for(tokenizer.vocab_size)
-    names, parts, found = map(digest, texts), [], []
-    for ids, extra in encoded(texts, tokenizer):
-        parts.append(ids.astype(dtype))
-        if extra is not None:
-            found.append((next(names), np.concatenate(parts), extra))
-            parts = []
-    return found
+    whole = encode_documents(texts, tokenizer, dtype_for(tokenizer.vocab_size))
+    return [(digest(text), *document) for text, document in zip(texts, whole, strict=True)]
