@@ -47,6 +47,8 @@ class AsIs(Stage):
 class Flat(Stage):
     """Output stage that puts the heads side by side, without a projection."""
 
+    unsplit = "its heads are channels of the stream, without an output projection"
+
     def forward(self, o: Tensor, call: Call) -> Tensor:
         return o.flatten(2)
 
@@ -57,6 +59,8 @@ class Parallel(Core):
     Args:
         branches: mixers, of which `Mixer.heads` is read.
     """
+
+    unsplit = "it joins heads of branches of several kinds"
 
     def __init__(self, branches: Sequence[Mixer]) -> None:
         super().__init__()

@@ -13,18 +13,18 @@ from attnzoo.attention.slots import Retain, Slot
 from attnzoo.attention.timeline import Axis, Timeline
 
 if TYPE_CHECKING:
-    from attnzoo.parallel.context import Span
+    from attnzoo.parallel.context import Link, Span
 
 
 class PartMemory(Memory):
     """The slots as one forward of a part sees them: as in chunked prefill, on from what is to the left.
 
-    States come at the first use and go at `close`, all of a layer at once and in the order of their
-    declaration, so that ranks whose stages ask in another order cannot wait for each other.
+    All ranks must exchange the same in the same order, or they wait for each other for ever: a layer's stages
+    ask alike whatever the part holds, and put a state before they ask for anything else.
 
     Args:
         x: the layer's input, for batch, device and dtype. slots: as declared. retain: what masks need of the
-            past: nearer keys than a window's are not exchanged.
+            past: keys that are further than a window reaches are not exchanged.
     """
 
     alone = False
@@ -43,8 +43,8 @@ class PartMemory(Memory):
             for name, slot in slots.items()
             if slot.kind == "state" or slot.carried
         }
-        self._came: dict[str, Tensor] | None = None
-        self._goes: dict[str, Tensor] = {}
+        self._came: dict[str, Tensor] = {}
+        self._open: str | None = None  # the state that is to be put
 
     @property
     def _first(self) -> int:
@@ -52,7 +52,8 @@ class PartMemory(Memory):
         return 0 if self.reach is None else max(0, self.line.past - self.reach)
 
     def rows(self, name: str, new: Tensor) -> Tensor:
-        return self.link.gather(new, 2) if self.reach is None else self.link.extend(new, self.reach, 2)
+        link = self._idle()
+        return link.gather(new, 2) if self.reach is None else link.extend(new, self.reach, 2)
 
     def axis(self) -> Axis:
         first = self._first
@@ -67,26 +68,31 @@ class PartMemory(Memory):
         return self.line.once(("places", first), lambda: self.line.whole.pos[:, first:])
 
     def tail(self, name: str, z: Tensor, n: int) -> Tensor:
-        both = self.link.extend(z, n, 1)
+        both = self._idle().extend(z, n, 1)
         return torch.nn.functional.pad(both, (0, 0, n + z.shape[1] - both.shape[1], 0))
 
     def state(self, name: str) -> Tensor:
-        return self._received()[name]
-
-    def _received(self) -> dict[str, Tensor]:
-        if self._came is None:
-            self._came = dict(zip(self._like, self.link.receive(list(self._like.values())), strict=True))
-        return self._came
+        if name not in self._came:
+            self._came[name] = self._idle().receive(self._like[name])
+            self._open = name
+        return self._came[name]
 
     def put(self, name: str, value: Tensor) -> None:
-        self._goes[name] = value.to(self._like[name].dtype).expand_as(self._like[name])
+        assert self._open == name, f"{name!r} is put while {self._open!r} is open"
+        like, self._open = self._like[name], None
+        self.link.send(value.to(like.dtype).expand_as(like))
 
     def total(self, z: Tensor) -> Tensor:
-        return self.link.total(z)
+        return self._idle().total(z)
 
     def close(self, y: Tensor) -> Tensor:
-        if self._like:
-            # what this part has not changed goes on as it came
-            both = self._received() | self._goes
-            self.link.send([both[name] for name in self._like])
-        return self.link.tie(y)
+        link = self._idle()
+        assert self._came.keys() == self._like.keys(), (
+            f"not handed on: {self._like.keys() - self._came.keys()}"
+        )
+        return link.tie(y)
+
+    def _idle(self) -> Link:
+        """The link, between two exchanges."""
+        assert self._open is None, f"{self._open!r} must be put before the next exchange"
+        return self.link

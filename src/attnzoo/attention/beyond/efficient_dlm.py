@@ -95,6 +95,7 @@ class BlockMask(Static):
     """Mask stage: `BlockCausal`, or `Copies` where the caller says that the input is doubled."""
 
     mask: BlockCausal
+    alike = True
 
     def forward(self, q: Tensor, keys: object, call: Call) -> Mask:
         mask, line = self.mask, call.line

@@ -33,6 +33,7 @@ from attnzoo.attention.stages.mask import Mask, Static, band
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, computed_pairs
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 
@@ -62,6 +63,7 @@ class MemoryReads(Single):
         self.dim, self.impl = draft.dim, impl
         shapes = draft.shapes()
         self.heads = (draft.score_heads or draft.num_heads, shapes["k"][0], shapes["v"][0])
+        self.queries = draft.num_heads
         self.widths = (draft.head_dim, draft.qk_width, draft.v_head_dim)
         self.appended = getattr(draft.slots.get("position"), "appended", 0)
         self.mem_sizes = [self.heads[1] * self.widths[0], self.heads[2] * self.widths[2]]
@@ -80,6 +82,18 @@ class MemoryReads(Single):
             return outs[0]
         weight = self.mix.softmax(0).to(outs[0].dtype)[:, None, :, None, None]  # (P, 1, H, 1, 1)
         return sum(w * o for w, o in zip(weight, outs, strict=True))
+
+    def split(self, share: Share) -> None:
+        heads, d_k, d_v = self.heads[0], self.widths[0], self.widths[2]
+        if heads != self.queries:
+            raise CannotSplit("a head has several scores")
+        if self.slots:
+            share.rows(self.mem_kv, (self.heads[1], d_k), (self.heads[2], d_v))
+        if self.mix is not None:
+            share.cut(self, "mix", (heads, 1), dim=1)
+        self.heads = tuple(share.count(n) for n in self.heads)
+        self.queries, self.mem_sizes = self.heads[0], [self.heads[1] * d_k, self.heads[2] * d_v]
+        share.keep(self)
 
     def _memory(self, attend, keys: Keys, call: Call) -> Tensor:
         B, _, D = call.x.shape

@@ -18,6 +18,7 @@ from attnzoo.attention.stages.project import QKV
 from attnzoo.attention.timeline import Axis
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
+from attnzoo.parallel.tensor import CannotSplit, Share
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ class BorrowedKV(Late, Stage):
 
     def keys(self, rows: dict[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         return rows["k"], rows["v"]
+
+    def split(self, share: Share) -> None:
+        if self.k_map is not None:
+            raise CannotSplit("tables say which of another layer's keys a head reads")
+        share.rows(self.q_proj, (self.heads, self.width))
+        self.heads = share.count(self.heads)
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work("projections", "W_q", 2 * length * self.dim * self.heads * self.width, per_head=True)

@@ -43,6 +43,8 @@ class RankedRead(Single):
         policy: gives the actions. weight: of its loss.
     """
 
+    unsplit = "one policy measures all heads"
+
     def __init__(self, policy: SegmentRank, weight: float) -> None:
         super().__init__()
         self.owner, self.weight = (policy,), weight

@@ -32,6 +32,7 @@ from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Dot, Geo
 from attnzoo.ops.unit_heads import unit_heads
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 
@@ -58,6 +59,12 @@ class ContextVector(Early, Stage):
             q = (running_sum(wide, call, "context") / count(call, wide)[..., None]).to(q.dtype)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.width))
         return q.mT[..., None], self.q_proj(x).mT[..., None], v.transpose(1, 2)
+
+    def split(self, share: Share) -> None:
+        share.rows(self.p_proj, (self.heads, 1))
+        share.rows(self.q_proj, (self.kv_heads, 1))
+        share.rows(self.v_proj, (self.kv_heads, self.width))
+        self.heads, self.kv_heads = share.count(self.heads), share.count(self.kv_heads)
 
     def memory(self) -> dict[str, Slot]:
         rows = {"k": Slot("rows", (self.kv_heads, 1)), "v": Slot("rows", (self.kv_heads, self.width))}
@@ -91,6 +98,13 @@ class Affinity(ScoreStage):
         if self.squash:
             a = a.tanh()
         return a if self.log_lambda is None else a * self.log_lambda.exp().to(a.dtype)[:, None, None]
+
+    def split(self, share: Share) -> None:
+        if self.norm:
+            raise CannotSplit("the scores of a pair have one length over all heads")
+        if self.log_lambda is not None:
+            share.cut(self, "log_lambda", (self.heads, 1))
+        self.heads = share.count(self.heads)
 
     def elementwise(self) -> dict[str, float]:
         return {"affinity, per key": (3.0 * self.norm + self.squash + 1) * self.heads}

@@ -34,6 +34,7 @@ from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import split_linear
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -98,6 +99,12 @@ class SharedHead(Late, Stage):
         if self.turned:
             k = k + turn(e_k[None, :, None].expand(1, -1, k.shape[2], -1))
         return q, Keys(k, v), lambda o: o + e_v
+
+    def split(self, share: Share) -> None:
+        for name in ("e_q", "e_k", "e_v"):
+            share.cut(self, name, (self.heads, 1))
+        share.keep(self)
+        self.heads = share.count(self.heads)
 
     def memory(self) -> dict[str, Slot]:
         return {name: Slot("rows", (1, self.width)) for name in ("k0", "v0")}

@@ -22,6 +22,8 @@ class OrderedFactors(Late, Stage):
         heads: H and G; widths: d, d_r, d_v; top: channels of q and k that are ever read.
     """
 
+    unsplit = "one rank for all heads comes from the weights of all"
+
     def __init__(self, draft: Draft, heads: tuple[int, int], widths: tuple[int, int, int], top: int) -> None:
         super().__init__()
         (H, G), (d, d_r, d_v), bias = heads, widths, draft.host["qkv_bias"]
@@ -103,6 +105,8 @@ class SharedRank(Stage):
     """
 
     rank = 60
+
+    unsplit = "one rank for all heads comes from the weights of all"
 
     def __init__(
         self, project: OrderedFactors, policy: str, ranks: tuple[int, ...], tau: float, refresh: int

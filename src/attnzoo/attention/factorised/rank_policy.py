@@ -58,6 +58,8 @@ class SegmentRank(Stage):
     exact = False
     sides = "q"
 
+    unsplit = "one policy decides by the weights of all heads"
+
     def __init__(
         self,
         project: OrderedFactors,

@@ -42,6 +42,8 @@ class Tucker(Late, Stage):
         ranks: R1, R2, R3. rotates: whether keys must be whole before they are read.
     """
 
+    unsplit = "all heads are made of factors that they share"
+
     def __init__(self, draft: Draft, ranks: tuple[int, int, int]) -> None:
         super().__init__()
         D, d, H = draft.dim, draft.head_dim, draft.num_heads
@@ -113,6 +115,8 @@ class TuckerOut(Stage):
     Args:
         factors: the projection of the same mixer, which owns them.
     """
+
+    unsplit = "all heads are made of factors that they share"
 
     def __init__(self, factors: Tucker, bias: bool) -> None:
         super().__init__()

@@ -44,6 +44,8 @@ class Compose(ScoreStage):
         static: adds a learned H x H matrix to each stage.
     """
 
+    unsplit = "it mixes the scores of all heads"
+
     def __init__(
         self,
         dim: int,

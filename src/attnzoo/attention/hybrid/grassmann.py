@@ -44,6 +44,8 @@ class Planes(Core):
         rank: r. lags: distances to the earlier tokens.
     """
 
+    unsplit = "it has no heads: every channel is made from all"
+
     def __init__(self, draft: Draft, rank: int, lags: tuple[int, ...]) -> None:
         super().__init__()
         self.dim, self.heads, self.rank, self.lags = draft.dim, draft.o_heads, rank, lags

@@ -33,6 +33,8 @@ from attnzoo.registry import Card, branch, register
 class Mean(Parallel):
     """The mean of the branches' outputs."""
 
+    unsplit = "it is the mean of branches with heads of several kinds"
+
     def forward(self, call):
         outs = [branch.heads(call) for branch in self.branches]
         return sum(outs[1:], outs[0]) / len(outs)

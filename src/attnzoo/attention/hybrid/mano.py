@@ -47,6 +47,8 @@ class Pyramid(Core):
         kv_heads: heads of keys and values. qk_norm: RMSNorm of queries and keys. bias: of their projection.
     """
 
+    unsplit = "its heads are channels of the stream, without an output projection"
+
     def __init__(
         self,
         draft: Draft,
@@ -117,7 +119,8 @@ class Pyramid(Core):
         else:
             room = n // r if call.mem.alone else -(-n // r)
         both = self._held(f"pool{index}", fine.x, fine, r - 1, call)
-        if room == 0 and (call.mem.alone or n == 0):
+        # ranks that share a sequence must make the same exchanges, so none leaves empty levels out
+        if room == 0 and (call.mem.alone or n == 0) and line.whole is None:
             return None
         at, coarse = completed(fine, ends, reads, room, r)
         # token i of the finer level stands at r - 1 + i, its block begins r - 1 earlier

@@ -51,6 +51,8 @@ class GatedHead(Core):
         qk_norm: RMSNorm of queries and keys.
     """
 
+    unsplit = "there is one head"
+
     def __init__(
         self,
         draft: Draft,

@@ -34,6 +34,8 @@ class ByHead(Parallel):
         places: the head that each head of the branches, one branch after the other, is.
     """
 
+    unsplit = "its heads are of two kinds, which do not divide alike"
+
     def __init__(self, branches: Sequence[Mixer], places: Sequence[int]) -> None:
         super().__init__(branches)
         self.order = [list(places).index(h) for h in range(len(places))]

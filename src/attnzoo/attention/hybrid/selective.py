@@ -46,6 +46,8 @@ class SelectiveSSM(Core):
         conv_kernel: taps. norm_eps: of the norms on dt, B and C; None = there are none.
     """
 
+    unsplit = "it has channels, not heads, whose step sizes come from all"
+
     def __init__(
         self,
         site: Site,

@@ -39,6 +39,8 @@ class Filter(Core):
         limit: tokens that a sequence may have; None = any.
     """
 
+    unsplit = "its heads are channels of the stream, without an output projection"
+
     def __init__(self, draft: Draft, taps: int, points: int, std: float, limit: int | None) -> None:
         super().__init__()
         self.dim, self.heads, self.taps, self.points = draft.dim, draft.o_heads, taps, points

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.attention.stages.refine import L2Norm, causal_conv
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 MOST_TAU = 2.0  # the exponential of a temperature beyond it lets training diverge
@@ -41,19 +42,30 @@ MOST_TAU = 2.0  # the exponential of a temperature beyond it lets training diver
 class ShiftedValue(QKV):
     """`QKV` whose second half of the value channels, over all heads, is the previous token's."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.now = self.sizes[2] // 2  # channels of the token's own
+
+    def split(self, share: Share) -> None:
+        own = share.part(self.heads[2])
+        super().split(share)
+        self.now = min(max(self.now - own.first * self.widths[2], 0), self.sizes[2])
+
     def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().qkv(x, call)
-        now, late = v.transpose(1, 2).flatten(2).chunk(2, dim=-1)
+        v = v.transpose(1, 2).flatten(2)
+        now, late = v.split([self.now, v.shape[-1] - self.now], dim=-1)
         before = call.mem.tail("value", late, 1)[:, :-1]
         start = torch.zeros((), dtype=late.dtype, device=late.device)
         if getattr(self.qkv_proj, "bias", None) is not None:
-            start = self.qkv_proj.bias[-late.shape[-1] :].to(late.dtype)
+            bias = self.qkv_proj.bias
+            start = bias[len(bias) - late.shape[-1] :].to(late.dtype)
         before = torch.where((call.line.order > 0)[..., None], before, start)
         v = torch.cat([now, before], dim=-1)
         return q, k, v.unflatten(-1, (self.heads[2], self.widths[2])).transpose(1, 2)
 
     def memory(self) -> dict[str, Slot]:
-        return super().memory() | {"value": Slot("tail", (1, self.sizes[2] // 2))}
+        return super().memory() | {"value": Slot("tail", (1, self.sizes[2] - self.now))}
 
 
 class QKConv(Stage):
@@ -106,6 +118,15 @@ class QKConv(Stage):
         second = torch.einsum("btmhi,hoim->btho", window, weight.to(window.dtype))
         return second + self.bias2.to(second.dtype).unflatten(0, (heads, self.width))
 
+    def split(self, share: Share) -> None:
+        (H, G), d = self.heads, self.width
+        if self.mean and share.count(G) * share.ranks != G:
+            raise CannotSplit("a key takes the mean of its queries, which are on several ranks")
+        for i in (1, 2) if self.kernels else ():
+            share.cut(self, f"conv{i}", (H, d), (G, d))
+            share.cut(self, f"bias{i}", (H, d), (G, d))
+        self.heads = (share.count(H), share.count(G))
+
     def memory(self) -> dict[str, Slot]:
         channels = sum(self.heads) * self.width
         names = ("conv1", "conv2") if self.kernels else ()
@@ -135,6 +156,9 @@ class SphereNorm(L2Norm):
         beta = self.tau.clamp(max=MOST_TAU).exp() if self.temp == "exp" else self.tau
         length = q.shape[-1] ** 0.5
         return self._unit(q) * length, self._unit(k) * (length * beta).to(k.dtype)[:, None, None], v
+
+    def split(self, share: Share) -> None:
+        share.cut(self, "tau", (len(self.tau), 1))
 
 
 def compress(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnzoo.attention.base import Stage
@@ -32,6 +33,7 @@ from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import rms_norm
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -60,6 +62,11 @@ class FactorisedQ(Stage):
         c = c if self.gain is None else rms_norm(c, self.gain, self.eps)
         return self.q_up(c).unflatten(-1, (self.heads, self.width)).transpose(1, 2)
 
+    def split(self, share: Share) -> None:
+        share.rows(self.q_up, (self.heads, self.width))
+        self.heads = share.count(self.heads)
+        share.keep(self)
+
     def work(self, length: int) -> Iterable[Work]:
         per = 2 * length
         yield Work("projections", "S_q", per * self.dim * self.rank)
@@ -69,6 +76,8 @@ class FactorisedQ(Stage):
 
 class OneHead(Early, FactorisedQ):
     """Projection of mfa: key and value of their own."""
+
+    split = FactorisedQ.split
 
     def qkv(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         k, v = self.kv_proj(x)[:, None].split([self.width] * 2, dim=-1)
@@ -85,6 +94,8 @@ class KeyReuse(Late, FactorisedQ):
         super().__init__(draft, *args)
         self.mix = draft.linear("value_mix", self.width, self.width)
         self.alpha = flag(nn.Parameter(torch.zeros(self.width)), decay=False)
+
+    split = FactorisedQ.split
 
     def rows(self, x: Tensor, call: Call) -> tuple[Tensor, None, dict[str, Tensor]]:
         return self.queries(x), None, {"key": self.kv_proj(x)[:, None]}
@@ -117,11 +128,20 @@ class SharedOut(Stage):
     def __init__(self, draft: Draft, num_heads: int, width: int, bias: bool) -> None:
         super().__init__()
         self.num_heads, self.width, self.dim = num_heads, width, draft.dim
+        self.share: Share | None = None
         self.per_head = draft.linear("out_heads", num_heads * width, width)
         self.out_proj = draft.site.weights.linear("out", width, draft.dim, bias, std=draft.site.out_std)
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
-        return self.out_proj(self.per_head(o.flatten(2)))
+        z = self.per_head(o.flatten(2))
+        if self.share is None:
+            return self.out_proj(z)
+        return F.linear(z, self.out_proj.weight, self.share.bias(self.out_proj))
+
+    def split(self, share: Share) -> None:
+        share.columns(self.per_head, self.num_heads, self.width)
+        share.keep(self)
+        self.num_heads, self.share = share.count(self.num_heads), share
 
     def work(self, length: int) -> Iterable[Work]:
         yield Work("projections", "O_h", 2 * length * self.num_heads * self.width**2, per_head=True)

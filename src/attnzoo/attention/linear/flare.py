@@ -38,6 +38,7 @@ from attnzoo.attention.stages.running import before, running_logsumexp
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.cumulative import softmax_steps
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -54,6 +55,7 @@ class KeysValues(Stage):
         self.heads, self.groups, self.depth, self.taps = draft.num_heads, draft.num_kv_heads, depth, taps
         self.widths = {"k": self.groups * draft.head_dim, "v": self.groups * draft.v_head_dim}
         self.dim = draft.dim
+        self.mine = dict.fromkeys("kv", slice(None))  # channels of this rank
         for side, width in self.widths.items():
             sizes = [self.dim] * (depth + 2) + [width] if depth >= 0 else [self.dim, width]
             layers = [
@@ -76,10 +78,22 @@ class KeysValues(Stage):
         h = x
         for layer in hidden:
             h = h + F.gelu(layer(h), approximate="tanh")
-        h = h + last(h) if self.depth >= 0 else last(h)
+        h = h[..., self.mine[side]] + last(h) if self.depth >= 0 else last(h)
         if self.taps:
             h = causal_conv(h, getattr(self, f"conv_{side}"), call, f"conv_{side}")
         return h.unflatten(-1, (self.groups, -1)).transpose(1, 2)
+
+    def split(self, share: Share) -> None:
+        own = share.part(self.groups)
+        for side, width in self.widths.items():
+            d = width // self.groups
+            share.rows(getattr(self, side)[-1], (self.groups, d))
+            if self.taps:
+                share.cut(self, f"conv_{side}", (self.groups, d))
+            self.mine[side] = slice(own.first * d, (own.first + own.count) * d)
+            self.widths[side] = own.count * d
+        self.heads, self.groups = share.count(self.heads), own.count
+        share.keep(self)
 
     def memory(self) -> dict[str, Slot]:
         if not self.taps:
@@ -130,6 +144,10 @@ class Latents(Stage):
     def _scores(self, z: Tensor) -> Tensor:
         """``(B, T, H, d)`` -> ``(B, T, H, M)``."""
         return (z.transpose(1, 2) @ (self.Q * self.scale).mT).transpose(1, 2)
+
+    def split(self, share: Share) -> None:
+        share.cut(self, "Q", (self.shape[0], 1))
+        self.shape = (share.count(self.shape[0]), *self.shape[1:])
 
     def memory(self) -> dict[str, Slot]:
         return {"lse": Slot("state", self.shape[:2])}

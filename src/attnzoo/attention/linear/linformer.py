@@ -42,6 +42,7 @@ from attnzoo.attention.stages.mask import Blocks, Causal, Mask, Static
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys, computed_pairs
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 from attnzoo_kernels.scan import scan_flops
 
@@ -72,6 +73,10 @@ class TwoPass(Stage):
 
     def choose(self, asked: str) -> Choices:
         return choose_scan(asked, max(self.shape[1], self.k))
+
+    def split(self, share: Share) -> None:
+        self.shape = (share.count(self.shape[0]), *self.shape[1:])
+        share.keep(self)
 
     def memory(self) -> dict[str, Slot]:
         heads, width, v_width = self.shape
@@ -121,6 +126,10 @@ class Landmarks(Single):
         super().__init__()
         self.slots, self.shapes, self.size = slots, shapes, size
         self.r = slots.E.shape[1]
+
+    def split(self, share: Share) -> None:
+        self.shapes = share.shapes(self.shapes)
+        share.keep(self)
 
     def memory(self) -> dict[str, Slot]:
         shapes = ((name, *self.shapes[name]) for name in "kv")

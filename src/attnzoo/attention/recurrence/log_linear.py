@@ -34,6 +34,7 @@ from attnzoo.attention.slots import Slot
 from attnzoo.attention.stages.gates import wide
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -59,6 +60,12 @@ class LevelScan(Stage):
         heads = draft.o_heads
         self.weights = draft.linear("levels", draft.dim, heads * self.levels, bias)
         self.Lambda = flag(nn.Parameter(torch.ones(heads, self.levels)), decay=False, reinit=False)
+
+    def split(self, share: Share) -> None:
+        heads = self.shape[0]
+        share.rows(self.weights, (heads, self.levels))
+        share.cut(self, "Lambda", (heads, 1))
+        self.shape, self.groups = (share.count(heads), *self.shape[1:]), share.count(self.groups)
 
     def memory(self) -> dict[str, Slot]:
         return {"levels": Slot("state", (self.levels, *self.shape))}

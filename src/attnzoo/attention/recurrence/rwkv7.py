@@ -34,6 +34,7 @@ from attnzoo.attention.stages.out import LinearOut
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.blends import blends
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 MIXES = ("r", "w", "k", "v", "a", "g")
@@ -45,12 +46,21 @@ class LowRank(nn.Module):
     def __init__(self, start: Start, name: str, rank: int) -> None:
         super().__init__()
         D, weights = start.dim, start.site.weights
-        self.flops, self.act = 4 * D * rank, {"w": torch.tanh, "g": torch.sigmoid}.get(name, lambda z: z)
+        self.dim, self.rank, self.act = D, rank, {"w": torch.tanh, "g": torch.sigmoid}.get(name, lambda z: z)
         self.down = start.zero(weights.linear(f"{name}_down", D, rank))
         self.up = start.orthogonal(weights.linear(f"{name}_up", rank, D))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.act(self.down(x)))
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rank * (self.dim + self.up.out_features)
+
+    def split(self, share: Share, heads: int) -> None:
+        """Keeps the rank's heads of what comes out."""
+        share.keep(self.down)
+        share.rows(self.up, (heads, self.up.out_features // heads))
 
 
 class ShiftedLerp(Early, Stage):
@@ -81,6 +91,16 @@ class ShiftedLerp(Early, Stage):
             v = torch.lerp(v, self._first(call, v), share.to(v.dtype))
         return tuple(z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (r, k, v))
 
+    def split(self, share: Share) -> None:
+        head = (self.heads, self.dim // self.heads)
+        for layer in (self.r, self.k, self.v):
+            share.rows(layer, head)
+        if self.v_mix is not None:
+            self.v_mix.split(share, self.heads)
+            share.cut(self, "v0", head)
+        self.heads = share.count(self.heads)
+        share.keep(self)
+
     def _first(self, call: Call, v: Tensor) -> Tensor:
         first = call.shared.get("v_first")
         if first is None:
@@ -96,8 +116,9 @@ class ShiftedLerp(Early, Stage):
         return {"x": Slot("tail", (1, self.dim))}
 
     def work(self, length: int) -> Iterable[Work]:
-        yield Work("projections", "W_r", 2 * length * self.dim**2, per_head=True)
-        yield Work("projections", "W_k, W_v", 4 * length * self.dim**2)
+        one = 2 * length * self.dim * self.r.out_features
+        yield Work("projections", "W_r", one, per_head=True)
+        yield Work("projections", "W_k, W_v", 2 * one)
         if self.v_mix is not None:
             yield Work("projections", "share of v_first", length * self.v_mix.flops)
 
@@ -129,6 +150,14 @@ class Goose(Stage):
         call.notes["k~"] = write
         return Terms(q, write, v, g=g, e=(-removal * a).to(k.dtype), a=removal.to(k.dtype))
 
+    def split(self, share: Share) -> None:
+        head = (self.heads, len(self.w0) // self.heads)
+        for name in ("w0", "a0", "k_k", "k_a"):
+            share.cut(self, name, head)
+        for low in (self.decay, self.rate):
+            low.split(share, self.heads)
+        self.heads = share.count(self.heads)
+
     def work(self, length: int) -> Iterable[Work]:
         yield Work("gates", "decay and rate", length * (self.decay.flops + self.rate.flops))
 
@@ -154,15 +183,24 @@ class NormBonus(Stage):
         own = (r * wide(call.notes["k~"]) * self.r_k.to(r.dtype)).sum(-1, keepdim=True)
         return torch.addcmul(z, own, v).to(o.dtype)
 
+    def split(self, share: Share) -> None:
+        heads, width = self.r_k.shape
+        share.cut(self, "gain", (heads, width))
+        share.cut(self, "bias", (heads, width))
+        share.cut(self, "r_k", (heads, 1))
+
 
 class MixGate(Stage):
     """``o * (sigmoid(x^g W_g1) W_g2)``: the gate has no activation at its end."""
 
     rank = 40
 
-    def __init__(self, start: Start, rank: int) -> None:
+    def __init__(self, start: Start, heads: int, rank: int) -> None:
         super().__init__()
-        self.low = LowRank(start, "g", rank)
+        self.heads, self.low = heads, LowRank(start, "g", rank)
+
+    def split(self, share: Share) -> None:
+        self.low.split(share, self.heads)
 
     def forward(self, o: Tensor, call: Call) -> Tensor:
         return o * self.low(call.notes["x^g"]).view_as(o)
@@ -233,7 +271,7 @@ def rwkv7(
     draft.put("project", ShiftedLerp(start, heads, ranks["v_rank"]))
     draft.put("gates", Goose(start, heads, ranks["decay_rank"], ranks["a_rank"]))
     draft.put("combine", NormBonus(start, heads, d, d * 1e-5 if gn_eps is None else gn_eps))
-    draft.put("combine", MixGate(start, ranks["gate_rank"]))
+    draft.put("combine", MixGate(start, heads, ranks["gate_rank"]))
     out = LinearOut(draft.site, heads, d, D, draft.host["out_bias"])
     start.zero(out.out_proj)
     draft.put("out", out)

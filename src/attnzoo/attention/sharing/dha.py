@@ -42,6 +42,8 @@ class FusedKV(QKV):
         tables: group of each key head, and of each value head. steps: N, until t is 0; rate: eta.
     """
 
+    unsplit = "it mixes the weights of key heads by tables, across ranks"
+
     def __init__(self, draft: Draft, tables: tuple[Table, Table], steps: int, rate: float) -> None:
         H = draft.num_heads
         super().__init__(

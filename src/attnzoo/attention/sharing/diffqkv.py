@@ -27,6 +27,7 @@ from attnzoo.attention.stages.project import QKV
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear, swiglu
+from attnzoo.parallel.tensor import CannotSplit, Share
 from attnzoo.registry import Card, register
 
 
@@ -59,6 +60,7 @@ class AugmentedQ(QKV):
     """`QKV` whose queries go through an `Augment`."""
 
     plain_queries = False
+    unsplit = "a SwiGLU mixes the queries of all heads"
 
     def __init__(self, draft: Draft, hidden: int) -> None:
         H, G, v_heads = draft.num_heads, draft.num_kv_heads, draft.num_v_heads
@@ -104,6 +106,14 @@ class SmallKeys(Late, Stage):
     def keys(self, rows: dict[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
         """Keys ``(B, G_k, S, d)`` before RoPE, and values."""
         return self.k_up(rows["k_small"]), rows["v"]
+
+    def split(self, share: Share) -> None:
+        if self.augment is not None:
+            raise CannotSplit(AugmentedQ.unsplit)
+        share.rows(self.qkv_proj, *zip(self.heads, self.widths, strict=True))
+        share.keep(self.k_up)
+        self.heads = tuple(share.count(n) for n in self.heads)
+        self.sizes = [n * d for n, d in zip(self.heads, self.widths, strict=True)]
 
     def memory(self) -> dict[str, Slot]:
         return {name: Slot("rows", (self.heads[i], self.widths[i])) for i, name in ((1, "k_small"), (2, "v"))}

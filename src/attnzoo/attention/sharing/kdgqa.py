@@ -47,6 +47,8 @@ class AllocatedKV(MappedQKV):
 
     plain_queries = False
 
+    unsplit = "which heads read which keys changes in training, across ranks"
+
     def __init__(self, draft: Draft, kind: str, every: int, least: int) -> None:
         H, G = draft.num_heads, draft.num_kv_heads
         sizes = (H, G, draft.head_dim, draft.v_head_dim)

@@ -35,6 +35,7 @@ from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.attention import Keys
 from attnzoo.ops.fused import split_linear
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -58,6 +59,11 @@ class KeyAsQuery(Early, Stage):
         parts = split_linear(self.kv_proj, x, self.sizes)
         k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts)
         return k, k, v
+
+    def split(self, share: Share) -> None:
+        share.rows(self.kv_proj, *((self.heads, width) for width in self.widths))
+        self.heads = share.count(self.heads)
+        self.sizes = [self.heads * width for width in self.widths]
 
     def memory(self) -> dict[str, Slot]:
         if not self.stores:
@@ -85,6 +91,9 @@ class KeyPositionBias(NoPosition):
 
     def members(self) -> Iterable[Stage]:
         return (self, *self.inner.members())
+
+    def split(self, share: Share) -> None:
+        share.cut(self, "a", (len(self.a), 1))
 
     def turn(self, z: Tensor, pos: Tensor, call: Call) -> Tensor:
         return self.inner.turn(z, pos, call)

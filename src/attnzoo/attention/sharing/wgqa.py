@@ -25,6 +25,7 @@ from attnzoo.attention.draft import Draft, set_heads
 from attnzoo.attention.site import flag
 from attnzoo.attention.stages.project import QKV, largest_divisor
 from attnzoo.cards import Claim
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 SHAPES = {"scalar": lambda D, d: (), "row": lambda D, d: (D,), "col": lambda D, d: (d,)}
@@ -43,6 +44,7 @@ class WeightedKV(QKV):
         bias = draft.host["qkv_bias"]
         super().__init__(draft.site, draft.dim, H, H, width, draft.v_head_dim, bias, stores)
         self.kind, groups = kind, draft.num_kv_heads
+        self.group_size = H // groups  # heads of a group
         for name, d in (("k_weights", width), ("v_weights", draft.v_head_dim)):
             shape = (H, *SHAPES[kind](draft.dim, d))
             value = torch.full(shape, groups / H) if start == "mean" else torch.randn(shape)
@@ -72,7 +74,7 @@ class WeightedKV(QKV):
     def _sum(self, blocks: Tensor, w: Tensor) -> Tensor:
         """``(H d, D)`` -> ``(G d, D)``; products of matrices whatever the kind, so that costs are counted."""
         G, D = self.heads[1], blocks.shape[1]
-        blocks = blocks.unflatten(0, (G, self.heads[0] // G, -1))  # (G, m, d, D)
+        blocks = blocks.unflatten(0, (G, self.group_size, -1))  # (G, m, d, D)
         w = w.unflatten(0, (G, -1))
         if self.kind == "scalar":
             return (w[:, None] @ blocks.flatten(2)).reshape(-1, D)
@@ -83,9 +85,19 @@ class WeightedKV(QKV):
 
     def _sum_bias(self, blocks: Tensor, w: Tensor) -> Tensor:
         G = self.heads[1]
-        blocks = blocks.unflatten(0, (G, self.heads[0] // G, -1))  # (G, m, d)
+        blocks = blocks.unflatten(0, (G, self.group_size, -1))  # (G, m, d)
         w = w[:, None] if self.kind == "scalar" else w.mean(1, keepdim=True) if self.kind == "row" else w
         return (w.unflatten(0, (G, -1)) * blocks).sum(1).flatten()
+
+    def split(self, share: Share) -> None:
+        """Groups whole, since their members are summed."""
+        (H, G, _), m, (d, _, d_v) = self.heads, self.group_size, self.widths
+        share.rows(self.qkv_proj, (H, d), (G, m * d), (G, m * d_v))
+        for name in ("k_weights", "v_weights"):
+            share.cut(self, name, (G, m))
+        H, G = share.count(H), share.count(G)
+        self.heads, self.parts = (H, G, G), [H * d, G * m * d, G * m * d_v]
+        self.sizes = [n * w for n, w in zip(self.heads, self.widths, strict=True)]
 
     def merge(self) -> dict[str, Tensor]:
         """The state of the `QKV` that computes the same."""
