@@ -17,7 +17,7 @@ import numpy as np
 from .config import DataConfig, TokenizerConfig
 from .corpora import load_documents, source_key
 from .encoding import encoded, start_of
-from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, dtype_for, key_of, shard_name
+from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, damaged, dtype_for, key_of, shard_name
 from .split import SPLITS, Split, digest, plan_split
 from .stream import TokenStream, open_streams
 from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FORMAT = 1  # part of the fingerprint: raise it whenever other tokens come out
+_VERIFIED = 1 << 28  # bytes up to which a cache is verified whole when opened; a larger one as it is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,13 @@ def _opened(folder: Path) -> TokenCache | None:
     """The cache in `folder`, None where it is absent, incomplete or damaged."""
     try:
         manifest, *streams = open_streams(folder)
-        return TokenCache(manifest.fingerprint, load_tokenizer(folder / "tokenizer"), *streams)
-    except (OSError, ValueError):
+        shards = [shard for split in SPLITS for shard in manifest.shards[split]]
+        small = sum(shard.size(manifest.dtype) for shard in shards) <= _VERIFIED
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        if tokenizer.fingerprint != manifest.plan["tokenizer"] or (small and damaged(folder, shards)):
+            return None
+        return TokenCache(manifest.fingerprint, tokenizer, *streams)
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -142,7 +148,8 @@ def _build(
     content = hashlib.blake2b(b"%d" % _FORMAT, digest_size=16)
     for part in (*(key for key, _ in known), repr(cfg.val_fraction).encode(), tokenizer.fingerprint.encode()):
         content.update(part)
-    (folder / MANIFEST).write_text(Manifest(content.hexdigest(), dtype, shards).text())
+    manifest = Manifest(content.hexdigest(), dtype, shards, {"tokenizer": tokenizer.fingerprint})
+    (folder / MANIFEST).write_text(manifest.text())
 
 
 def _write_split(

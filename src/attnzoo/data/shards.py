@@ -8,7 +8,7 @@ A shard holds whole documents, in order:
             dropped (positive) or a leading blank of its own added (negative); zero for bytes
     sums    (blocks,) uint32, CRC-32 of each block of 64 KiB of the above
 
-all little-endian. Sizes are compared with the manifest whenever a folder is opened. A process verifies `stops`
+all little-endian. Sizes are compared with the manifest when a folder is opened. A process verifies `stops`
 and `extra` when it first reads from a shard, and each block of tokens when it first reads from that block;
 `damaged` verifies everything.
 """
