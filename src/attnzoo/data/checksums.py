@@ -54,28 +54,30 @@ class CheckedFile:
 
     Args:
         path: of a file of ``size`` bytes and their sums.
+        sound: which blocks need no more checking; none when None.
 
     Attributes:
+        sound: (blocks,) bool, which ones are checked.
         data: (size,) uint8; call `check` before reading from it.
 
     Raises:
         OSError, ValueError: there is no such file, or it is shorter.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, sound: np.ndarray | None = None) -> None:
         self.path, self.whole = path, size + count(size) * SUM.itemsize
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), self.whole, access=mmap.ACCESS_READ)
         every = np.frombuffer(self._map, np.uint8)
         self.data, self._sums = every[:size], every[size:]
-        self._sound = np.zeros(count(size), bool)
+        self.sound = np.zeros(count(size), bool) if sound is None else sound
 
     def check(self, start: int, stop: int) -> None:
         """Raise a ValueError unless these bytes are those that were written."""
         if self._map.size() < self.whole:  # reading would end the process by SIGBUS
             raise ValueError(f"data.path: shard '{self.path}' was cut while it was read; {WAY_OUT}")
         for block in range(start // BLOCK, count(stop)):
-            if not self._sound[block]:
+            if not self.sound[block]:
                 begin = block * BLOCK
                 part = self.data[begin : begin + BLOCK]
                 expected = self._sums[block * SUM.itemsize : (block + 1) * SUM.itemsize]
@@ -84,4 +86,4 @@ class CheckedFile:
                         f"data.path: shard '{self.path}' is damaged in bytes {begin} to "
                         f"{begin + len(part) - 1}: their checksum differs; {WAY_OUT}"
                     )
-                self._sound[block] = True
+                self.sound[block] = True

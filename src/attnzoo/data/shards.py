@@ -160,19 +160,24 @@ class ShardWriter:
 class MappedShard:
     """A shard, memory-mapped and verified as it is read.
 
+    Args:
+        sound: of an earlier map of the same shard.
+
     Attributes:
         stops, extra: (documents,) int64.
+        sound: which blocks are verified.
 
     Raises:
         ValueError: the file was cut or damaged since the folder was opened.
     """
 
-    def __init__(self, folder: Path, shard: Shard, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, shard: Shard, dtype: np.dtype, sound: np.ndarray | None = None) -> None:
         path, self._dtype = folder / shard.name, dtype
         try:
-            self._file = CheckedFile(path, shard.content(dtype))
+            self._file = CheckedFile(path, shard.content(dtype), sound)
         except (OSError, ValueError) as error:
             raise ValueError(f"data.path: shard '{path}' cannot be mapped ({error}); {WAY_OUT}") from None
+        self.sound = self._file.sound
         self._file.check(shard.index_at(dtype), shard.content(dtype))
         self._tokens = self._file.data[: shard.tokens * dtype.itemsize].view(dtype)
         index = self._file.data[shard.index_at(dtype) :].view(_INDEX)
@@ -215,6 +220,8 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, is {content['dtype']!r}")
     if not isinstance(content["fingerprint"], str):
         raise ValueError(f"fingerprint must be text, is {content['fingerprint']!r}")
+    if not isinstance(content["plan"], dict):
+        raise ValueError(f"plan must be a table, is {content['plan']!r}")
     shards = {split: _shards(split, content[split]) for split in SPLITS}
     return Manifest(content["fingerprint"], _DTYPES[content["dtype"]], shards, content["plan"])
 

@@ -52,6 +52,7 @@ class TokenStream:
         self.shards: list[Shard] = manifest.shards[split]
         self.stops = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self._mapped: collections.OrderedDict[int, MappedShard] = collections.OrderedDict()
+        self._sound: dict[int, np.ndarray] = {}  # what is verified of each shard, mapped now or not
 
     def __len__(self) -> int:
         return int(self.stops[-1]) if self.shards else 0
@@ -75,17 +76,18 @@ class TokenStream:
             shard = self._map(number)
             part = shard.tokens(at, at + count - done)
             _, ends, more = cut(part, shard.stops, shard.extra, at, len(part))
-            parts.append((part, ends + done, more))
+            parts.append((part.astype(np.int64), ends + done, more.copy()))  # no view that would keep a map
             done, at, number = done + len(part), 0, (number + 1) % len(self.shards)
         tokens, ends, extra = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        return Piece(tokens.astype(np.int64), ends, extra)
+        return Piece(tokens, ends, extra)
 
     def _map(self, number: int) -> MappedShard:
         found = self._mapped.pop(number, None)
         if found is None:
             if len(self._mapped) >= _MAPPED:
                 self._mapped.popitem(last=False)
-            found = MappedShard(self.folder, self.shards[number], self.dtype)
+            found = MappedShard(self.folder, self.shards[number], self.dtype, self._sound.get(number))
+            self._sound[number] = found.sound
         self._mapped[number] = found
         return found
 
