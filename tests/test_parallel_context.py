@@ -12,7 +12,7 @@ import attnzoo
 from attnzoo import Context
 from attnzoo.model.backbone import LanguageModel
 from attnzoo.parallel.context import READS, Span, check_spans, spans
-from attnzoo.parallel.successive import Successive
+from attnzoo.parallel.successive import Part, Successive
 from attnzoo.testing import Subject
 from attnzoo.testing.subject import gap
 
@@ -26,6 +26,8 @@ PACKED = (
     (8,) * 30,
 )
 CASES = {key: subject for name in attnzoo.list_variants() for key, subject in Subject.cases(name).items()}
+# the only layers that keep nothing but rows, tails and states and still refuse: what they lose is a loss
+REFUSE = {"dynamic_rank-small": "policy's loss"}
 EXACT, COMPOSED = 1e-10, {
     "mla-moh-window": ("mla", {"add": ("moh",), "window": 6}),
     "gqa-long-window": ("gqa", {"num_kv_heads": 2, "window": 13}),
@@ -127,9 +129,69 @@ def test_only_stated_reasons_refuse(name: str) -> None:
         traits = attnzoo.card(name).traits
         for mixer in model.mixers:
             plain = {slot.kind for slot in mixer.memory().values()} <= {"rows", "tail", "state"}
-            assert (spans(mixer) is None) == (plain and all(traits[trait] for trait in READS))
+            able = plain and all(traits[trait] for trait in READS) and case not in REFUSE
+            assert (spans(mixer) is None) == able
+            assert REFUSE.get(case, "") in (spans(mixer) or "")
 
 
 def test_the_families_of_the_task_run_on_parts() -> None:
     for name in ("mha", "gqa", "mla", "moh", "kha", "sliding_window", "linear", "gated_deltanet"):
         assert spans(attnzoo.create(name, 32, 4)) is None
+
+
+def test_reading_other_rows_refuses() -> None:
+    mixer = attnzoo.create("focused_transformer", 32, 4, cross_batch=1, memory_layers=(0,))
+    assert "cross_batch" in spans(mixer)
+
+
+def test_one_error_names_layers_variants_and_the_way_out() -> None:
+    model = attnzoo.create_model("mtla,mha", VOCAB, 32, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"context_parallel: layer 0 \(mtla\).*; layer 2 \(mtla\).*set it to 1"
+    ):
+        check_spans(model, 2, 8)
+    check_spans(model, 1, 7)
+    with pytest.raises(ValueError, match=r"data.seq_len: .* launcher.context_parallel=2, got 7; take 6"):
+        check_spans(attnzoo.create_model("mha", VOCAB, 32, 1, 4), 2, 7)
+    with pytest.raises(ValueError, match=r"prefix_tokens"):
+        check_spans(attnzoo.create_model("mha", VOCAB, 32, 1, 4, prefix_tokens=2), 2, 8)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"length": 7}, "multiple of its 2 ranks, got 7"),
+        ({"ids": (0, 0, 1, 1, 1, 1, 1, 1)}, "padding must stand at the end"),
+        ({"cached": True}, "has no cache"),
+        ({"prefix": 2}, "prefix_tokens"),
+    ],
+)
+def test_what_parts_cannot_be_is_told(given: dict[str, Any], message: str) -> None:
+    model = attnzoo.create_model("mha", VOCAB, 32, 1, 4, prefix_tokens=given.get("prefix", 0))
+    tokens = torch.zeros(1, given.get("length", 8), dtype=torch.long)
+    ids = torch.tensor([given["ids"]]) if "ids" in given else None
+    cache = model.new_cache(1, 8) if "cached" in given else None
+    with pytest.raises(ValueError, match=message):
+        model(tokens, Context(segment_ids=ids, span=Span(0, 2, Successive().channel())), cache)
+
+
+def test_a_mixer_alone_takes_no_span() -> None:
+    with pytest.raises(ValueError, match="run the mixer in a model"):
+        attnzoo.create("mha", 32, 4)(torch.zeros(1, 4, 32), Context(span=Span(0, 2, Successive().channel())))
+
+
+def test_given_positions_are_cut_too() -> None:
+    for name in ("mha", "mla", "retnet"):
+        positions = torch.arange(LENGTH).flip(0)[None].expand(len(PACKED), -1) * 3
+        check(build(name), 3, packed=False, positions=positions)
+        check(build(name), 2, packed=True, positions=positions)
+
+
+def test_a_window_asks_for_no_row_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a window come from the neighbour, and no more of them than it reaches."""
+    asked = []
+    extend = Part.extend
+    monkeypatch.setattr(Part, "extend", lambda self, z, n, dim: asked.append(n) or extend(self, z, n, dim))
+    monkeypatch.setattr(Part, "gather", None)
+    check(build("gqa", num_kv_heads=2, window=5), 3, packed=True)
+    assert set(asked) == {4}

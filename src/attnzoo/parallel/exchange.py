@@ -1,10 +1,11 @@
 """What ranks that share sequences hand to each other, differentiably: rows, tails, states and sums.
 
-One `Exchange` serves one forward of one layer. All ranks run the same program, so they exchange the same
-things in the same order; autograd runs its nodes in the reverse order of their making, so the gradients
-travel in the reverse order on every rank. That holds only if every node runs on every rank, whatever a rank's
-own loss depends on: each exchange gets an input that requires a gradient, and `tie` makes the layer's output
-depend on each. Gradients are those of ``backward()``; `torch.autograd.grad` leaves nodes out.
+One `Exchange` serves one forward of one layer. All ranks make the same exchanges in the same order, and hand
+a state on before they begin the next; autograd runs its nodes in the reverse order of their making, so the
+gradients travel in the reverse order on every rank. That holds only if every node runs on every rank,
+whatever a rank's own loss depends on: each exchange gets an input that requires a gradient, and `tie` makes
+the layer's output depend on each. Gradients are those of ``backward()``; `torch.autograd.grad` leaves nodes
+out.
 
 Activation checkpointing runs a block's forward again before its backward: on all ranks at the same place in
 that order, so the same exchanges are made again. Rows take a collective; tails and states go from neighbour
@@ -13,7 +14,7 @@ to neighbour, so that layers without rows run as a wave: a rank is a layer ahead
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+# newer releases of torch know these by other names and warn of the old ones
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 MOST_AHEAD = 32  # messages that a rank may be ahead of its neighbour
 
@@ -37,6 +42,7 @@ class Group:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # kept until they have left
+        self._count: Counter[tuple[str, int]] = Counter()
 
     def open(self) -> Exchange:
         """For one forward of one layer."""
@@ -48,24 +54,29 @@ class Group:
         sent = self._sent
         while sent and (len(sent) >= MOST_AHEAD or sent[0][0].is_completed()):
             sent.popleft()[0].wait()
-        sent.append((dist.isend(z, group=self.group, group_dst=to), z))
+        sent.append((dist.isend(z, group=self.group, tag=self._tag("to", to), group_dst=to), z))
 
     def take(self, like: Tensor, source: int) -> Tensor:
         """Receives what has the shape and dtype of ``like``."""
         found = torch.empty_like(like, memory_format=torch.contiguous_format)
-        dist.recv(found, group=self.group, group_src=source)
+        dist.recv(found, group=self.group, tag=self._tag("from", source), group_src=source)
         return found
+
+    def _tag(self, way: str, other: int) -> int:
+        """The number of a message: gloo may take two that are under way in another order."""
+        self._count[way, other] += 1
+        return self._count[way, other] % (1 << 30)
 
     def collect(self, z: Tensor) -> Tensor:
         """``(ranks, *z.shape)``."""
         found = z.new_empty(self.ranks, *z.shape)
-        dist.all_gather_into_tensor(found, z.contiguous(), group=self.group)
+        _all_gather(found.view(-1), z.contiguous().view(-1), group=self.group)
         return found
 
     def scatter_sum(self, z: Tensor) -> Tensor:
         """``z[rank]`` of ``(ranks, ...)``, summed over the ranks."""
-        found = torch.empty_like(z[0])
-        dist.reduce_scatter_tensor(found, z.contiguous(), group=self.group)
+        found = z.new_empty(z.shape[1:])
+        _reduce_scatter(found.view(-1), z.contiguous().view(-1), group=self.group)
         return found
 
     def add(self, z: Tensor) -> Tensor:
@@ -97,17 +108,17 @@ class Exchange:
         return self._tied(_Extend.apply(z, _anchor(z), self.channel, n, dim))[0]
 
     @torch.compiler.disable
-    def receive(self, like: Sequence[Tensor]) -> list[Tensor]:
-        """What the left neighbour sends, of the shapes of ``like``; zeros where there is none."""
+    def receive(self, like: Tensor) -> Tensor:
+        """What the left neighbour sends, of the shape of ``like``; zeros where there is none."""
         if self.channel.rank == 0:
-            return [torch.zeros_like(z) for z in like]
-        return self._tied(_Receive.apply(_anchor(like[0]), self.channel, *like))
+            return torch.zeros_like(like)
+        return self._tied(_Receive.apply(_anchor(like), self.channel, like))[0]
 
     @torch.compiler.disable
-    def send(self, values: Sequence[Tensor]) -> None:
+    def send(self, value: Tensor) -> None:
         """To the right neighbour, if there is one."""
         if self.channel.rank + 1 < self.channel.ranks:
-            self._tied([_Send.apply(_anchor(values[0]), self.channel, *values)])
+            self._tied([_Send.apply(value, _anchor(value), self.channel)])
 
     @torch.compiler.disable
     def total(self, z: Tensor) -> Tensor:
@@ -182,33 +193,29 @@ class _Extend(Function):
 
 class _Receive(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, channel: Group, *like: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, anchor: Tensor, channel: Group, like: Tensor) -> tuple[Tensor, Tensor]:
         ctx.channel = channel
-        return *(channel.take(z, channel.rank - 1) for z in like), _tie(anchor)
+        return channel.take(like, channel.rank - 1), _tie(anchor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        for grad in grads[:-1]:
-            ctx.channel.post(grad, ctx.channel.rank - 1)
-        return None, None, *(None for _ in grads[:-1])
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.channel.post(grad, ctx.channel.rank - 1)
+        return None, None, None
 
 
 class _Send(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, anchor: Tensor, channel: Group, *values: Tensor) -> Tensor:
-        ctx.channel, ctx.like = channel, [torch.empty_like(z, device="meta") for z in values]
-        ctx.device = anchor.device
-        for z in values:
-            channel.post(z.detach(), channel.rank + 1)
+    def forward(ctx: FunctionCtx, value: Tensor, anchor: Tensor, channel: Group) -> Tensor:
+        ctx.channel, ctx.shape, ctx.dtype = channel, value.shape, value.dtype
+        channel.post(value, channel.rank + 1)
         return _tie(anchor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, _: Tensor) -> tuple[Tensor | None, ...]:
-        channel = ctx.channel
-        like = (torch.empty_like(z, device=ctx.device) for z in ctx.like)
-        return None, None, *(channel.take(z, channel.rank + 1) for z in like)
+    def backward(ctx: FunctionCtx, tie: Tensor) -> tuple[Tensor | None, ...]:
+        like = tie.new_empty(ctx.shape, dtype=ctx.dtype)
+        return ctx.channel.take(like, ctx.channel.rank + 1), None, None
 
 
 class _Total(Function):

@@ -98,8 +98,9 @@ class MemoryReads(Single):
     def _memory(self, attend, keys: Keys, call: Call) -> Tensor:
         B, _, D = call.x.shape
         chunks = call.line.once(("chunks", self.size), lambda: find_chunks(self.size, call))
-        bank, number, doc = self._cached(call)
-        summaries = self._summaries(chunk_means(chunks, self.size, call), chunks, bank, call)
+        means = chunk_means(chunks, self.size, call)
+        bank, number, doc = self._cached(call)  # a state of its own, read after the means have put theirs
+        summaries = self._summaries(means, chunks, bank, call)
         # a key of zeros, seen where there is no summary yet: its value is what an empty memory reads
         nothing = torch.zeros(B, 1, D, dtype=summaries.dtype, device=summaries.device)
         minus = torch.full((B, 1), -1, device=number.device)

@@ -181,6 +181,9 @@ class SegmentRank(Stage):
         weights = [getattr(self.owner[0], name).weight for name in ("a_proj", "b_proj", "v_proj")]
         return torch.stack([f(w) for w in weights for f in (torch.mean, torch.var, torch.norm)])
 
+    def apart(self) -> str:
+        return "a segment may begin on one rank, which alone knows what its policy's loss asks (rank_policy)"
+
     def memory(self) -> dict[str, Slot]:
         return {
             "rank_conv": Slot("tail", (TAPS - 1, 2 * POOL)),
@@ -201,8 +204,7 @@ class SegmentRank(Stage):
 def _boundaries(call: Call, length: int) -> int:
     """A bound of the segments after the first that begin in this forward, per row; exact in lockstep."""
     line, T = call.line, call.x.shape[1]
-    # ranks that share a sequence must report the same losses, whether a segment begins in their part or not
-    if line.clock is not None and line.doc is None and line.whole is None:
+    if line.clock is not None and line.doc is None:
         return (line.past + T - 1) // length - max(line.past - 1, 0) // length
     return (T - 1) // length + (line.clock is not None)
 
