@@ -25,23 +25,27 @@ def split_heads(model: nn.Module, share: Share) -> None:
         model: a `LanguageModel`, or a mixer.
 
     Raises:
-        ValueError: a layer cannot be split, with the reason; nothing is changed then.
+        ValueError: as `check_split`; nothing is changed then.
     """
-    if share.ranks == 1:
-        return
-    mixers = [model] if isinstance(model, Mixer) else list(model.mixers)
-    layers = [*enumerate(mixers), *((-1, m) for m in model.modules() if isinstance(m, SwiGLU))]
-    for i, layer in layers:
-        try:
-            _bare(layer).split(share)
-        except CannotSplit as error:
-            where = f"layer {i} ({layer.name}), {error}" if i >= 0 else f"mlp_hidden, {error}"
-            raise ValueError(
-                f"launcher.tensor_parallel: {share.ranks} ranks cannot share {where}; "
-                "set launcher.tensor_parallel=1, or change the model"
-            ) from None
-    for _, layer in layers:
+    check_split(model, share.ranks)
+    for _, layer in _layers(model) if share.ranks > 1 else ():
         layer.split(share)
+
+
+def check_split(model: nn.Module, ranks: int) -> None:
+    """Whether ``ranks`` ranks can share the heads of a model; changes nothing.
+
+    Raises:
+        ValueError: naming the first layer that cannot be split, with the reason.
+    """
+    for where, layer in _layers(model) if ranks > 1 else ():
+        try:
+            _bare(layer).split(Share(0, ranks))
+        except CannotSplit as error:
+            raise ValueError(
+                f"launcher.tensor_parallel: {ranks} ranks cannot share {where}: {error}; "
+                "set launcher.tensor_parallel=1 or change the layer"
+            ) from None
 
 
 def splits(name: str, ranks: int = 2, layers: int = 1, **options: object) -> str | None:
@@ -61,7 +65,19 @@ def splits(name: str, ranks: int = 2, layers: int = 1, **options: object) -> str
     return None
 
 
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What is split, each with its name for messages."""
+    if isinstance(model, Mixer):
+        return [(model.name, model)]
+    mixers = [(f"layer {i} ({mixer.name})", mixer) for i, mixer in enumerate(model.mixers)]
+    return mixers + [("mlp_hidden", module) for module in model.modules() if isinstance(module, SwiGLU)]
+
+
 def _bare(layer: nn.Module) -> nn.Module:
     """A copy without weights, to try on."""
-    known = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in layer.parameters()}
+    known: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in layer.parameters()
+    }
+    if isinstance(layer, Mixer) and layer.site.bank is not None:
+        known[id(layer.site.bank)] = {}  # what other layers have is not tried
     return copy.deepcopy(layer, known)

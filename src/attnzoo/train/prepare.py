@@ -25,6 +25,7 @@ from attnzoo.data import Corpus, build_data
 from attnzoo.data.config import DataConfig, parse_data
 from attnzoo.parallel.context import check_spans
 from attnzoo.parallel.layout import LauncherSettings
+from attnzoo.parallel.plan import check_split
 from attnzoo.train.checkpoint import (
     check_vocabulary,
     differences,
@@ -142,6 +143,7 @@ def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
         data, launcher = config["data"], read_launcher(config)
         for length in {data["seq_len"], data.get("val_seq_len") or data["seq_len"]}:
             check_spans(model, launcher.context_parallel, length)
+        check_split(model, launcher.tensor_parallel)
         rows = max(1, data["batch_size"] // trainer.accumulate)  # of a micro-batch, on a single rank
         longest = max(data["seq_len"], data.get("val_seq_len") or 0)
         tokens = torch.zeros(rows, longest, dtype=torch.long)

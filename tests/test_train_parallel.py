@@ -1,0 +1,136 @@
+"""However ranks share a run (samples, parameters, heads, sequences), it trains what one process does.
+
+Models are in fp64 here, so that what is left between the runs is the order of sums.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnzoo.train.checkpoint import read_checkpoint
+from attnzoo.train.prepare import prepare
+from children import run_child, start_ranks
+from runs import compose, metrics, train, write_text
+
+VARIANTS = ("mha", "gqa", "mla", "moh", "kha", "sliding_window", "linear", "gated_deltanet")
+OPTIONS = {
+    "gqa": ("attention.num_kv_heads=2",),
+    "sliding_window": ("attention.window=5",),
+    "linear": ("data.isolate=true", "attention.chunk_size=8"),
+    "gated_deltanet": ("trainer.checkpoint_activations=true", "attention.chunk_size=8"),
+    "mla": ("trainer.checkpoint_activations=true",),
+}
+# ranks, and what tells them how to share; a loss of balance is one of a micro-batch, which has one sample in all
+LAYOUTS = {
+    "ddp": (2, "launcher.strategy=ddp", "trainer.accumulate=2"),
+    "fsdp": (2, "launcher.strategy=fsdp", "trainer.accumulate=2"),
+    "heads": (2, "launcher.tensor_parallel=2", "trainer.accumulate=4"),
+    "sequences": (2, "launcher.context_parallel=2", "trainer.accumulate=4"),
+    "fsdp, heads": (4, "launcher.tensor_parallel=2", "trainer.accumulate=2"),
+    "sequences, heads": (
+        *(4, "launcher.tensor_parallel=2", "launcher.context_parallel=2"),
+        "trainer.accumulate=4",
+    ),
+}
+CLOSE = 1e-9
+
+
+def options(variant: str, *more: str) -> tuple[str, ...]:
+    sizes = ("model.dim=32", "model.num_heads=4", "trainer.val_every=2", "launcher.accelerator=cpu")
+    return (*sizes, f"attention={variant}", *OPTIONS.get(variant, ()), *more)
+
+
+def train_all(folder: str, variants: tuple[str, ...], *more: str) -> None:
+    """One after the other, each in a folder of its name."""
+    torch.set_default_dtype(torch.float64)
+    for variant in variants:
+        train(Path(folder), *options(variant, *more), name=variant)
+
+
+def run_ranks(folder: Path, text: Path, layout: str, variants: tuple[str, ...], *more: str) -> None:
+    ranks, *how = LAYOUTS[layout]
+    folder.mkdir(exist_ok=True)
+    (folder / "text").symlink_to(text / "text")
+    children = start_ranks(
+        train_all, str(folder), variants, f"launcher.devices={ranks}", *how, *more, ranks=ranks, cwd=folder
+    )
+    for child in children:
+        ended = child.wait()
+        assert ended.returncode == 0, ended.stderr
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every variant trained by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_text(folder)
+    ended = run_child(train_all, str(folder), VARIANTS, "trainer.accumulate=4", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Losses, gradients' norms, validation, weights and the state of the optimiser."""
+    for a, b in zip(metrics(one), metrics(other), strict=True):
+        for key in {"train_loss", "aux_loss", "grad_norm", "val_loss", "val_bpb"} & a.keys():
+            # the sums of losses pass through fp32 loggers of no rank: they are Python floats
+            assert b[key] == pytest.approx(a[key], rel=CLOSE, abs=1e-12), (other, a["step"], key)
+    first, second = read_checkpoint(one), read_checkpoint(other)
+    assert first["model"].keys() == second["model"].keys()
+    for name, value in first["model"].items():
+        torch.testing.assert_close(second["model"][name], value, rtol=1e-7, atol=1e-9, msg=name)
+    assert first["optimizer"].keys() == second["optimizer"].keys()
+    for name, entry in first["optimizer"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(
+                second["optimizer"][name][key], value, rtol=1e-6, atol=1e-12, msg=f"{name} {key}"
+            )
+    places = [json.loads((f / "summary.json").read_text())["val_loss_by_position"] for f in (one, other)]
+    assert places[1]["loss"] == pytest.approx(places[0]["loss"], rel=CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_train_what_one_does(alone: Path, tmp_path: Path, layout: str) -> None:
+    variants = VARIANTS if LAYOUTS[layout][0] == 2 else ("mha", "mla", "gated_deltanet")
+    run_ranks(tmp_path, alone, layout, variants)
+    for variant in variants:
+        assert_same(alone / variant, tmp_path / variant)
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_a_run_changes_its_layout_on_the_way(alone: Path, tmp_path: Path) -> None:
+    every = ("callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=2")
+    run_ranks(tmp_path / "half", alone, "sequences", ("mla",), *every)
+    start = tmp_path / "half" / "mla" / "checkpoints" / "step-00000002.pt"
+    run_ranks(tmp_path / "on", alone, "fsdp, heads", ("mla",), f"ckpt_path={start}")
+    for a, b in zip(metrics(alone / "mla")[2:], metrics(tmp_path / "on" / "mla"), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=CLOSE)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    {
+        ("launcher.tensor_parallel=2", "launcher.strategy=ddp"): ["launcher.strategy", "fsdp", "'ddp'"],
+        ("launcher.tensor_parallel=0",): ["launcher.tensor_parallel", "at least 1", "0"],
+        ("launcher.tensr_parallel=2",): ["launcher.tensr_parallel", "tensor_parallel"],
+        ("launcher.context_parallel=3",): ["data.seq_len", "32", "launcher.context_parallel=3"],
+        ("launcher.context_parallel=2", "attention=log_linear"): ["launcher.context_parallel", "log_linear"],
+        ("launcher.tensor_parallel=2", "attention=dcmha"): ["launcher.tensor_parallel", "dcmha"],
+        ("launcher.timeout=0",): ["launcher.timeout", "0"],
+    }.items(),
+)
+def test_what_cannot_be_shared_is_said_at_the_start(
+    tmp_path: Path, given: tuple[str, ...], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as error:
+        prepare(compose(tmp_path, *(f"+{o}" if "tensr" in o else o for o in given)))
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+    assert not (tmp_path / "run").exists()
