@@ -7,7 +7,7 @@ once. For a GPU the code takes the path that it takes there (kernels, fused atte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -142,12 +142,14 @@ class Subject:
         """
         check_spans(self.model, context, length)
         span = Span(context - 1, context, QuietRanks(context, self.tally)) if context > 1 else None
+        # costs of masks are counted on tensors with content, so before the mode
+        keys = [(text, *_costs(m, length)) for text, m in zip(self.names, self.model.mixers, strict=True)]
         with self.mode, ExitStack() as stack:
             if self.gpu:
                 stack.enter_context(_AsGpu())
             stack.enter_context(torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext())
             try:
-                return _Tracer(self).run(rows, length, span)
+                return _Tracer(self, keys).run(rows, length, span)
             except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
                 raise ValueError(
                     f"model.layout: {self.model.config['layout']!r} looks at its data while it runs, so its "
@@ -181,18 +183,18 @@ class _AsGpu(TorchFunctionMode):
 
 
 class _Tracer:
-    """Runs a model part by part."""
+    """Runs a model part by part. ``keys``: equal for blocks that are alike."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, keys: Sequence[Hashable]) -> None:
         self.subject, self.model, self.tally = subject, subject.model, subject.tally
         self.parameters = {_key(p) for p in self.model.parameters()}
-        self.number = {id(block): i for i, block in enumerate(self.model.blocks)}
+        self.keys = {id(block): key for block, key in zip(self.model.blocks, keys, strict=True)}
         self.blocks: list[Profile] = []
         self.known: dict[Hashable, Profile] = {}
         self.first: set[Hashable] = set()
         self.linked = any(mixer.gives or mixer.needs for mixer in self.model.mixers)
         self.seen: set[int] = set()
-        self.alive: list[Any] = []
+        self.refs: list[StorageWeakRef] = []
         self.line: Any = None
 
     def run(self, rows: int, length: int, span: Span | None) -> Traced:
@@ -216,7 +218,7 @@ class _Tracer:
         )
 
     def _block(self, outer: _Watch, block: nn.Module, h: Tensor, ctx: Context, line: Any, cache: None) -> Tensor:
-        self.line, key = line, (self.subject.names[self.number[id(block)]], *_costs(block.mixer, h.shape[1]))
+        self.line, key = line, self.keys[id(block)]
         with outer.paused():
             if not self.linked and key in self.known:
                 self.blocks.append(self.known[key])
@@ -254,7 +256,7 @@ class _Tracer:
             key = _key(z)
             if key not in self.parameters and key not in self.seen:
                 self.seen.add(key)
-                self.alive.append(z.untyped_storage())  # its address must not be used again
+                self.refs.append(StorageWeakRef(z.untyped_storage()))  # or its address might be used again
                 watch.kept[key] = z.untyped_storage().nbytes()
             return z
 
