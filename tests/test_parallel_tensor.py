@@ -261,14 +261,14 @@ def test_refusals_name_the_layer_and_change_nothing() -> None:
     model = small_model("mha,dcmha")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        ValueError, match=r"^launcher.tensor_parallel: 2 ranks .* layer 1 \(dcmha\), Compose: .*heads"
+        ValueError, match=r"^launcher.tensor_parallel: 2 ranks .* layer 1 \(dcmha\): Compose: .*heads"
     ):
         split_heads(model, Share(0, 2))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not shards_of(model) and model.mixers[0].share is None
     with pytest.raises(ValueError, match="4 heads do not divide among 3 ranks"):
         split_heads(small_model("mha"), Share(0, 3))
-    with pytest.raises(ValueError, match="mlp_hidden, its 33 channels do not divide among 2 ranks"):
+    with pytest.raises(ValueError, match="mlp_hidden: its 33 channels do not divide among 2 ranks"):
         split_heads(small_model("mha", mlp_hidden=33), Share(0, 2))
 
 
