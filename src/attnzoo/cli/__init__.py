@@ -46,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(error: Exception) -> int:
     """Print an error as one line; returns the exit code it stands for."""
+    code, text = explain(error)
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code that an error stands for, and its line."""
     if os.environ.get("ATTNZOO_TRACEBACK") == "1":
         traceback.print_exception(error)
     code, text = RUN_ERROR, str(error)
@@ -55,8 +62,7 @@ def report(error: Exception) -> int:
         code = USAGE_ERROR
     elif type(error).__name__ != "RunFailed":
         text = f"{type(error).__name__}: {text}; --traceback shows where"
-    print(f"error: {'; '.join(line.strip() for line in text.splitlines() if line.strip())}", file=sys.stderr)
-    return code
+    return code, "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _command(module: str, name: str) -> Callable[..., int]:
@@ -144,7 +150,3 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", default="benchmarks/results", help="folder of the CSV files")
     bench.set_defaults(command=_command("bench", "bench_command"))
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,71 +5,122 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from attnzoo.cli import report
+from attnzoo.cli import RUN_ERROR, explain
 from attnzoo.cli.overrides import order
 from attnzoo.cli.tree import config_folder, plain_errors, store_variants
+from attnzoo.cluster.ranks import Team, join, place
 from attnzoo.signals import exit_code
 from attnzoo.train.settings import nearest
+
+if TYPE_CHECKING:
+    from attnzoo.train.prepare import Run
 
 STOPPED = exit_code(0)  # codes from here on are of signals
 
 
 def train(arguments: list[str]) -> int:
-    """Run Hydra on the overrides; returns the largest exit code of its jobs."""
+    """Run Hydra on the overrides; returns the largest exit code of its jobs.
+
+    Several processes of one run, started by torchrun or srun, all do what rank 0 was told. ``--dry-run`` only
+    checks and estimates, in one process.
+    """
+    if "--dry-run" in arguments:
+        from attnzoo.cli.dry_run import dry_run
+
+        return dry_run([argument for argument in arguments if argument != "--dry-run"])
+    join()
+    team = Team(place())
+    try:
+        return _train(team, arguments)
+    except Exception as error:
+        return team.end(*explain(error))
+
+
+def _train(team: Team, arguments: list[str]) -> int:
     command_line = sys.argv
-    codes = [0]
+    codes: list[int] = []
+    wait, given = "--wait" in arguments, [argument for argument in arguments if argument != "--wait"]
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     def job(config: DictConfig) -> None:
+        if codes and codes[-1] >= STOPPED:
+            return  # what stopped one job of a multirun stops the others
+        team.begin(given, config.run_dir)
         with _argv(command_line):  # Lightning starts further ranks with it
-            # what stopped one job of a multirun stops the others
-            codes.append(codes[-1] if codes[-1] >= STOPPED else _train_one(config))
+            codes.append(team.end(*_one(config, given, wait)))
 
-    _check_flags(arguments)
+    _check_flags(team, given)
+    followed = team.follow(given)
+    if followed is None:
+        return team.end(RUN_ERROR)
     store_variants()
-    with plain_errors(), _argv(["attnzoo train", *order(arguments)]), _raw_errors():
+    with plain_errors(), _argv(["attnzoo train", *order(followed)]), _raw_errors():
         job()
-    return max(codes)
+    return max(codes) if codes else team.end(0)
+
+
+def _one(config: DictConfig, arguments: list[str], wait: bool) -> tuple[int, str]:
+    """Train, or submit, what was composed; returns the exit code and the error."""
+    try:
+        if "slurm" in config.launcher and place() is None:
+            from attnzoo.cluster.run import submit_run
+
+            return submit_run(OmegaConf.to_container(config, resolve=True), arguments, wait), ""
+        if wait:
+            raise ValueError("--wait: is for launcher=slurm, got a run on this machine; leave it out")
+        return _train_one(config), ""
+    except Exception as error:
+        _remove_empty(Path(config.run_dir))
+        return explain(error)
 
 
 def _train_one(config: DictConfig) -> int:
+    from lightning.pytorch.utilities import rank_zero_only
+
     from attnzoo.train.prepare import prepare
     from attnzoo.train.run import execute, sample
 
-    try:
-        run = prepare(config)
-        summary = execute(run)
-    except Exception as error:
-        _remove_empty(Path(config.run_dir))
-        return report(error)
+    run = prepare(config)
+    summary = execute(run)
+    lines = [f"run folder: {_short(run.folder)}"]
     if summary["status"] == "stopped":
-        print(f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}")
-        return exit_code(signal.Signals[summary["stopped_by"]])
+        lines = [f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}"]
+    else:
+        lines = [*_outcome(run, summary, sample), *lines]
+    if rank_zero_only.rank == 0:
+        print("\n".join(lines), flush=True)
+    return exit_code(signal.Signals[summary["stopped_by"]]) if summary["status"] == "stopped" else 0
+
+
+def _outcome(run: Run, summary: dict[str, Any], sample: Callable[[Run], str]) -> Iterator[str]:
     loss, share, bits = (summary[key] for key in ("val_loss", "val_accuracy", "val_bpb"))
     if run.corpus.labelled:
-        print(f"validation: {share:.1%} correct (loss {loss:.3f} per answer)")
+        yield f"validation: {share:.1%} correct (loss {loss:.3f} per answer)"
     else:
-        print(f"validation: {bits:.3f} bits per byte (loss {loss:.3f} per token)")
+        yield f"validation: {bits:.3f} bits per byte (loss {loss:.3f} per token)"
         if run.trainer.sample_tokens:
-            print(f"sample: {sample(run)}")
-    print(f"run folder: {_short(run.folder)}")
-    return 0
+            yield f"sample: {sample(run)}"
 
 
 def _short(folder: Path) -> Path:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def _check_flags(arguments: list[str]) -> None:
+def _check_flags(team: Team, arguments: list[str]) -> None:
     """Hydra's own parser leaves the process on an unknown flag, after several lines."""
+    if team.world > 1 and {"-m", "--multirun"} & set(arguments):
+        raise ValueError(
+            f"-m: the {team.world} processes here are for one run, got a multirun; use attnzoo sweep"
+        )
     parser = get_args_parser()
     known = {flag for action in parser._actions for flag in action.option_strings}
     for argument in arguments:
