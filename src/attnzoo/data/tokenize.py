@@ -65,8 +65,10 @@ def tokenize(
         ValueError: nothing usable in the source, or the folder holds something else or cannot be written.
         RunFailed: a process died; what is finished stays.
     """
-    if cfg.name not in TEXT_SOURCES:
-        raise ValueError(f"data: must be one of {', '.join(TEXT_SOURCES)} to be tokenised, got {cfg.name!r}")
+    if getattr(cfg, "name", None) not in TEXT_SOURCES:  # a task or a mixture has none
+        raise ValueError(
+            f"data: must be one of {', '.join(TEXT_SOURCES)}, got another; nothing else is tokenised"
+        )
     plan = _plan(cfg, vocabulary, shard_tokens)
     with _writing(folder):
         if (folder / MANIFEST).exists():
