@@ -122,7 +122,7 @@ def test_a_run_changes_its_layout_on_the_way(alone: Path, tmp_path: Path) -> Non
         ("launcher.tensor_parallel=0",): ["launcher.tensor_parallel", "at least 1", "0"],
         ("launcher.tensr_parallel=2",): ["launcher.tensr_parallel", "tensor_parallel"],
         ("launcher.context_parallel=3",): ["data.seq_len", "32", "launcher.context_parallel=3"],
-        ("launcher.context_parallel=2", "attention=log_linear"): ["launcher.context_parallel", "log_linear"],
+        ("launcher.context_parallel=2", "attention=mtla"): ["launcher.context_parallel", "mtla"],
         ("launcher.tensor_parallel=2", "attention=dcmha"): ["launcher.tensor_parallel", "dcmha"],
         ("launcher.timeout=0",): ["launcher.timeout", "0"],
     }.items(),

@@ -68,6 +68,13 @@ def whole_layers(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
+def reshard(model: nn.Module) -> None:
+    """Leave each rank its part only; a forward pass without a backward pass keeps some weights whole."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.parallel.ranks import Ranks
+from attnzoo.parallel.shard import reshard
 from attnzoo.train.batches import Batch, collate
 from attnzoo.train.metrics import Measured, loss_by_position
 from attnzoo.train.objective import objective_of
@@ -58,6 +59,7 @@ class Validation:
             known = [value.cpu().double() for value in part if value is not None]
             sums = [a + b for a, b in zip(sums, known, strict=True)] if sums else known
         model.train(was_training)
+        reshard(model)
         size = torch.tensor(self.bytes, dtype=torch.float64)
         if layout.world > 1:
             for value in (*sums, size):
