@@ -24,7 +24,8 @@ OPTIONS = {
     "gated_deltanet": ("trainer.checkpoint_activations=true", "attention.chunk_size=8"),
     "mla": ("trainer.checkpoint_activations=true",),
 }
-# ranks, and what tells them how to share; a loss of balance is one of a micro-batch, which has one sample in all
+# ranks, and what tells them how to share; micro-batches have one sample in all, for a loss of balance is one of
+# a micro-batch
 LAYOUTS = {
     "ddp": (2, "launcher.strategy=ddp", "trainer.accumulate=2"),
     "fsdp": (2, "launcher.strategy=fsdp", "trainer.accumulate=2"),
@@ -124,6 +125,7 @@ def test_a_run_changes_its_layout_on_the_way(alone: Path, tmp_path: Path) -> Non
         ("launcher.context_parallel=3",): ["data.seq_len", "32", "launcher.context_parallel=3"],
         ("launcher.context_parallel=2", "attention=mtla"): ["launcher.context_parallel", "mtla"],
         ("launcher.tensor_parallel=2", "attention=dcmha"): ["launcher.tensor_parallel", "dcmha"],
+        ("launcher.tensor_parallel=2", "optim=muon"): ["optim.name", "muon", "launcher.tensor_parallel=2"],
         ("launcher.timeout=0",): ["launcher.timeout", "0"],
     }.items(),
 )

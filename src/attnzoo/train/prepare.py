@@ -70,6 +70,11 @@ def prepare(config: DictConfig) -> Run:
     plain["launcher"] = launcher_here(plain["launcher"])
     trainer, optim, data = read_groups(plain)
     launcher = read_launcher(plain)
+    if optim.name == "muon" and launcher.tensor_parallel > 1:
+        raise ValueError(
+            "optim.name: muon makes whole matrices orthogonal, of which ranks that share heads have parts, got "
+            f"launcher.tensor_parallel={launcher.tensor_parallel}; use adamw, or launcher.strategy=fsdp alone"
+        )
     folder, seed, field, start = Path(plain["run_dir"]), plain["seed"], *_starting_point(plain)
     if pl.utilities.rank_zero_only.rank == 0:
         check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
