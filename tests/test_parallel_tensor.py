@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import attnzoo
 from attnzoo import Collector, Context
@@ -61,7 +62,7 @@ class Result:
         marks = shards_of(mixer)
         state = mixer.state_dict().items()
         self.state = {name: assemble(value, marks.get(name), share) for name, value in state}
-        self.local = sum(p.numel() for p in mixer.parameters())
+        self.stats = collector.stats | collector.steps
 
 
 def compare(full: nn.Module, ranks: int, packs: bool = True) -> None:
@@ -82,6 +83,10 @@ def compare(full: nn.Module, ranks: int, packs: bool = True) -> None:
         assert result.grads.keys() == alone.grads.keys()
         for name, grad in alone.grads.items():
             close(result.grads[name], grad, f"the gradient of {name}")
+        assert result.stats.keys() == alone.stats.keys()
+        for name, layers in alone.stats.items():
+            for layer, value in layers.items():
+                close(result.stats[name][layer], value, name)
         assert result.state.keys() == alone.state.keys()
         for name, value in alone.state.items():
             assert torch.equal(result.state[name], value), f"{name} is another when put together"
@@ -289,3 +294,26 @@ def test_marks_survive_new_parameters() -> None:
     assert marks and not shards_of(model)
     put_shards(model, marks)
     assert shards_of(model) == marks
+
+
+class Alone(Share):
+    """A share of which no other rank runs; its outputs have no meaning."""
+
+    def total(self, z: Tensor) -> Tensor:
+        return z * self.ranks
+
+
+@pytest.mark.parametrize("name", attnzoo.list_variants())
+def test_costs_are_those_of_the_part(name: str) -> None:
+    """FLOPs as a run of the rank counts them, and a cache of the rank's own heads."""
+    for case, subject in Subject.cases(name).items():
+        part = subject.mixer(impl="reference").eval()
+        if case.endswith("-stack") or splits(name, **subject.options):
+            continue
+        part.split(Alone(1, 2))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            part(inputs())
+        cost, tokens = part.cost(LENGTH), len(inputs()) * LENGTH
+        runs, counted = cost.executed_flops + cost.weight_flops / tokens, counter.get_total_flops() / tokens
+        assert runs == pytest.approx(counted) if cost.exact else counted <= runs * (1 + 1e-9), case
+        assert cost.params == sum(p.numel() for p in part.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from attnzoo.parallel.plan import split_heads
 from attnzoo.parallel.tensor import Share, assemble, norm_weight, put_shards, shards_of, sync_gradients
@@ -77,6 +79,7 @@ def rank_of_several(folder: str, names: tuple[str, ...], tensor: int, sharded: b
     for name in names:
         model = small_model(name, **OPTIONS.get(name, {}))
         split_heads(model, share)
+        model.run_block = partial(checkpoint, use_reentrant=False)  # forwards run twice, with their sums
         if sharded:
             marks = shards_of(model)
             for part in (*model.blocks, model):
