@@ -1,0 +1,166 @@
+"""What a configuration may build, and what of it may be written down.
+
+A run folder, a sweep or a checkpoint from elsewhere is data: it can ask for classes of attnzoo, torch and
+lightning that are callbacks or loggers, and for nothing else. Only the user's own command line
+(``allow_targets=[package.module]``) or environment (ATTNZOO_ALLOW_TARGETS) adds to that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+PACKAGES = ("attnzoo", "torch", "lightning", "pytorch_lightning")
+VARIABLE = "ATTNZOO_ALLOW_TARGETS"
+HIDDEN = "***"
+SECRET = (
+    *("key", "apikey", "token", "secret", "password", "passwd", "pass", "passphrase"),
+    *("credential", "credentials"),
+)
+SHORTEST = 8  # characters of an environment's secret: shorter ones would hide ordinary words
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+@")
+_SECRET_IN_URL = re.compile(r"(?i)([?&](?:[\w-]*(?:token|key|secret|password|signature)|sig)=)[^&\s'\"]+")
+
+
+def allowed_targets(given: Any = ()) -> tuple[str, ...]:
+    """The packages and modules that the user adds: those given, and those of ATTNZOO_ALLOW_TARGETS.
+
+    Raises:
+        ValueError: one is not a dotted name.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ValueError(f"allow_targets: must be a list of packages and modules, got {given!r}")
+    names = [*given, *filter(None, os.environ.get(VARIABLE, "").split(","))]
+    for name in names:
+        if not isinstance(name, str) or not _DOTTED.fullmatch(name):
+            raise ValueError(f"allow_targets: must be names such as my_package.callbacks, got {name!r}")
+    return tuple(names)
+
+
+def allow_here(names: Iterable[str]) -> None:
+    """Let this process and those that it starts build from these packages, too."""
+    allowed = allowed_targets(names)
+    if allowed:
+        os.environ[VARIABLE] = ",".join(dict.fromkeys(allowed))
+
+
+def build(node: Any, kind: type, field: str, allow: tuple[str, ...] = ()) -> Any:
+    """The object that a node of a configuration describes, without running anything else.
+
+    Args:
+        node: ``{"_target_": "package.module.Class", **arguments}``.
+        kind: the base class that its group needs.
+        field: the node's name, for the message.
+        allow: packages and modules beside `PACKAGES`, by `allowed_targets`.
+
+    Raises:
+        ValueError: the target is outside of them, no class of that kind, or refuses its arguments.
+    """
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ValueError(f"{field}: must name a class as _target_, got {node!r}; or set it to null")
+    found = _resolve(node["_target_"], (*PACKAGES, *allow), f"{field}._target_")
+    if not issubclass(found, kind):
+        raise ValueError(f"{field}._target_: must be a {kind.__name__}, got {node['_target_']!r}")
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    for key in arguments:
+        if str(key).startswith("_"):
+            raise ValueError(f"{field}.{key}: arguments have no underscore in front, got {arguments[key]!r}")
+    try:
+        return found(**{key: _argument(value, f"{field}.{key}", allow) for key, value in arguments.items()})
+    except TypeError as error:
+        raise ValueError(f"{field}: {found.__name__} does not take these arguments: {error}") from error
+
+
+def _argument(value: Any, field: str, allow: tuple[str, ...]) -> Any:
+    """A value as it is. Objects inside come from the user's own packages only: torch's classes read pickles."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            if not isinstance(value["_target_"], str):
+                raise ValueError(f"{field}._target_: must be the name of a class, got {value['_target_']!r}")
+            _resolve(value["_target_"], allow, f"{field}._target_")
+            return build(value, object, field, allow)
+        return {key: _argument(inner, f"{field}.{key}", allow) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_argument(inner, f"{field}[{i}]", allow) for i, inner in enumerate(value)]
+    return value
+
+
+def _resolve(target: str, packages: tuple[str, ...], field: str) -> type:
+    """The class of that name: an attribute of a module, both inside the allowed packages."""
+    way = f"add its package by allow_targets=[...] on the command line, or {VARIABLE}, if you trust it"
+    refused = ValueError(f"{field}: {target!r} is not inside {', '.join(packages) or 'what is allowed'}; {way}")
+    module, _, name = target.rpartition(".")
+    if not _DOTTED.fullmatch(target) or not _inside(target, packages) or not module:
+        raise refused
+    try:
+        # nothing is walked through: `attnzoo.train.run.os` is an attribute, and no module of that name exists
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"{field}: there is no class {target!r}; give package.module.Class") from None
+    if not isinstance(found, type) or not _inside(found.__module__, packages):
+        raise ValueError(f"{field}: {target!r} is no class of {', '.join(packages)}; {way}")
+    return found
+
+
+def _inside(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A configuration without its secrets, for a file or a log; equal to it where it holds none.
+
+    Hidden are texts under a name such as api_key, token, secret or password, what stands before the @ of a
+    URL, and wherever they appear the values of environment variables with such a name.
+    """
+    if isinstance(value, Mapping):
+        return {name: redact(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(redact(inner, key) for inner in value)
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if value and is_secret(key) else redact_text(value)
+
+
+def redact_text(text: str) -> str:
+    """The text without credentials in URLs and secrets of the environment."""
+    for secret in _environment_secrets():
+        text = text.replace(secret, HIDDEN)
+    return _SECRET_IN_URL.sub(rf"\g<1>{HIDDEN}", _USER_IN_URL.sub(f"{HIDDEN}@", text))
+
+
+def redact_arguments(arguments: Iterable[str]) -> list[str]:
+    """A command line of key=value without secrets."""
+    hidden = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        shown = HIDDEN if equals and value and is_secret(key.rpartition(".")[2]) else redact_text(value)
+        hidden.append(f"{key}{equals}{shown}")
+    return hidden
+
+
+@contextmanager
+def plain_command_line() -> Iterator[None]:
+    """sys.argv without secrets for a while: experiment trackers record it."""
+    before, sys.argv = sys.argv, redact_arguments(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def is_secret(name: str) -> bool:
+    """Whether the last word of a name says that its value is secret: api_key, HF_TOKEN, dbPassword."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+    return bool(words) and words[-1].lower() in SECRET
+
+
+def _environment_secrets() -> list[str]:
+    found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and is_secret(name)}
+    return sorted(found, key=len, reverse=True)
