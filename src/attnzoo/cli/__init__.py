@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from attnzoo.secure import redact_text
+
 USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 TRAIN_HELP = "train a model: attnzoo train [group=choice] [key=value] [-m] [--cfg job]"
 
@@ -62,7 +64,7 @@ def explain(error: Exception) -> tuple[int, str]:
         code = USAGE_ERROR
     elif type(error).__name__ != "RunFailed":
         text = f"{type(error).__name__}: {text}; --traceback shows where"
-    return code, "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    return code, redact_text("; ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def _command(module: str, name: str) -> Callable[..., int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -26,9 +28,17 @@ def config_folder() -> Path:
 
 def store_variants() -> None:
     """Let `attention=` know the variants of other packages, which have no YAML in the tree."""
+    OmegaConf.register_new_resolver("part", path_part, replace=True)
     shipped = {path.stem for path in (config_folder() / "attention").glob("*.yaml")}
     for name in set(list_variants()) - shipped:
         ConfigStore.instance().store(group="attention", name=name, node={"name": name})
+
+
+def path_part(value: Any) -> str:
+    """``${part:...}``: a value as a part of a folder's name, which must not lead elsewhere."""
+    if not re.fullmatch(r"\w[\w.+-]*", str(value)):
+        raise ValueError(f"hydra.run.dir: must be made of names without / and blanks, got {value!r}")
+    return str(value)
 
 
 @contextmanager

@@ -117,7 +117,8 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def _config(path: Path) -> dict[str, Any]:
     text = _text(path)
     try:
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        # as it stands: a run writes it resolved, and another's may ask for our environment
+        content = OmegaConf.to_container(OmegaConf.create(text))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"config.yaml cannot be read: {str(error).splitlines()[0]}") from None
     groups = ("attention", "data", "model")

@@ -217,7 +217,9 @@ def _backend(path: Path) -> Any:
     # Older folders hold other files (vocab.json, tokenizer.model): transformers knows how to convert them.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True).backend_tokenizer
+    return AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False
+    ).backend_tokenizer
 
 
 def _eos_id(folder: Path, backend: Any) -> int | None:

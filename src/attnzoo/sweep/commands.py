@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from attnzoo.cli import INTERRUPTED, RUN_ERROR
+from attnzoo.secure import allow_here
 from attnzoo.sweep.display import Display, print_matched, print_table
 from attnzoo.sweep.manifest import FILE, JOBS, ROOT, RUN, Cell, Manifest, read_manifest, write_manifest
 from attnzoo.sweep.owner import LOCK, in_charge, stop_owner
@@ -49,6 +50,7 @@ def start(arguments: Sequence[str]) -> tuple[Manifest, int]:
     else:
         _slots(manifest, list(manifest.cells))
         corpora(manifest.cells)
+    allow_here(name for cell in manifest.cells for name in cell.config["allow_targets"])
     write_manifest(manifest)
     print(f"{manifest.folder}: {len(manifest.cells)} cells", flush=True)
     print_matched(manifest.cells)

@@ -19,7 +19,7 @@ ROOT = Path("runs")
 RUN, TUNE = "run", "tune"
 SEED, RATE = "seed", "optim.lr"
 # where and how a run happens, not what comes out of it
-ASIDE = ("run_dir", "ckpt_path", "launcher", "logger", "callbacks")
+ASIDE = ("run_dir", "ckpt_path", "launcher", "logger", "callbacks", "allow_targets")
 ASIDE_OF = {
     "data": ("cache_dir", "num_workers"),
     "trainer": ("decode_tokens", "sample_prompt", "sample_tokens"),

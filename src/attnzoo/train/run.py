@@ -13,14 +13,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 
 from attnzoo.model import generate
 from attnzoo.parallel.layout import Layout
 from attnzoo.parallel.ranks import Ranks
+from attnzoo.secure import allowed_targets, build, plain_command_line, redact, redact_text
 from attnzoo.signals import deaf
 from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, Draws, GracefulStop
@@ -59,11 +59,12 @@ def execute(run: Run) -> dict[str, Any]:
         )
     validation = Validation(run.corpus.validation(), batches.size, ranks)
     module = LanguageModule(run.model, run.trainer, run.optim, run.plan, validation, ranks, run.resume)
-    trainer.loggers = _instances(run.config["logger"])
+    trainer.loggers = _instances(run.config, "logger", Logger)
     if trainer.is_global_zero:
         _open_folder(run, trainer, layout, first, f"{trainer.precision} ({reason})")
-    for logger in trainer.loggers:
-        logger.log_hyperparams(run.config)
+    with plain_command_line():
+        for logger in trainer.loggers:
+            logger.log_hyperparams(redact(run.config))
     try:
         trainer.fit(module, train_loader(run.corpus, batches, run.config["data"]["num_workers"]))
     except BaseException as error:
@@ -77,7 +78,7 @@ def execute(run: Run) -> dict[str, Any]:
 def _reason(error: BaseException) -> str:
     # Lightning leaves the process when it is interrupted
     interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
-    return "interrupted" if interrupted else str(error) or type(error).__name__
+    return "interrupted" if interrupted else redact_text(str(error)) or type(error).__name__
 
 
 def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
@@ -89,7 +90,7 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
     device = torch.device("cuda" if gpu else "mps" if mps else "cpu")
     precision, reason = choose_precision(run.trainer.precision, device, run.model.config["dim"])
     draws = run.resume.get("draws", []) if run.resume else []
-    callbacks = [Draws(draws), GracefulStop(), *_instances(run.config["callbacks"])]
+    callbacks = [Draws(draws), GracefulStop(), *_instances(run.config, "callbacks", pl.Callback)]
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # it saves what the others did
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
@@ -99,7 +100,7 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
                     "fingerprint": run.corpus.tokenizer.fingerprint,
                     "vocab_size": run.corpus.tokenizer.vocab_size,
                 },
-                "config": run.config,
+                "config": redact(run.config),
                 "versions": versions(),
             }
     try:
@@ -127,17 +128,16 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
     return trainer, reason, layout
 
 
-def _instances(group: Mapping[str, Any]) -> list[Any]:
+def _instances(config: Mapping[str, Any], group: str, kind: type) -> list[Any]:
     """The objects that a config group describes; an entry set to null is left out."""
-    try:
-        return [instantiate(node) for node in group.values() if node is not None]
-    except InstantiationException as error:
-        raise (error.__cause__ or error) from None
+    allow = allowed_targets(config.get("allow_targets", ()))
+    nodes = config[group].items()
+    return [build(node, kind, f"{group}.{name}", allow) for name, node in nodes if node is not None]
 
 
 def _open_folder(run: Run, trainer: pl.Trainer, layout: Layout, first: int, precision: str) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(run.config)))
+    (run.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(redact(run.config))))
     write_json(
         run.folder / "environment.json",
         environment(

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,11 +35,14 @@ def write_atomic(
     The bytes go to a temporary file of the same folder, reach the disk, pass ``check`` there, and only then
     take the name.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # nobody else may read it, or guess its name, before it is what the folder lets others see
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
     try:
-        with open(temporary, "wb") as file:
+        with open(descriptor, "wb") as file:
             write(file)
             file.flush()
+            os.fchmod(file.fileno(), path.parent.stat().st_mode & 0o666)
             os.fsync(file.fileno())
         check(temporary)
         os.replace(temporary, path)
