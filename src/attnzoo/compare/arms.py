@@ -15,6 +15,7 @@ NEUTRAL_GROUPS = ("run_dir", "logger", "callbacks", "launcher", "ckpt_path")
 NEUTRAL = (
     "data.cache_dir",
     "data.num_workers",
+    "data.worker_timeout",
     "trainer.decode_tokens",
     "trainer.log_every",
     "trainer.sample_prompt",

@@ -55,6 +55,7 @@ class DataConfig:
     val_samples: int | None = 256
     cache_dir: str | None = None
     num_workers: int = 0
+    worker_timeout: int = 300
 
     def __post_init__(self):
         check_choice("data.name", self.name, NAMES)
@@ -68,6 +69,7 @@ class DataConfig:
         for key in _AT_LEAST_ONE:
             check_whole_number(f"data.{key}", getattr(self, key), 1, null=key in _MAY_BE_NULL)
         check_whole_number("data.num_workers", self.num_workers, 0)
+        check_whole_number("data.worker_timeout", self.worker_timeout, 0)
         if self.batch_size % self.pack:
             raise ValueError(
                 f"data.pack: must divide data.batch_size={self.batch_size}, got {self.pack}; change one"

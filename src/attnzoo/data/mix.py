@@ -19,7 +19,15 @@ from .shards import key_of
 from .tokenizer import Tokenizer
 
 _LONGEST = 100_000  # samples of a period
-_SHARED = ("seq_len", "batch_size", "pack", "isolate", "val_samples", "num_workers")  # of the mixture alone
+_SHARED = (  # of the mixture alone
+    "seq_len",
+    "batch_size",
+    "pack",
+    "isolate",
+    "val_samples",
+    "num_workers",
+    "worker_timeout",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +42,7 @@ class MixConfig:
     isolate: bool = False
     val_samples: int | None = 256
     num_workers: int = 0
+    worker_timeout: int = 300
 
 
 def parse_mix(values: Mapping[str, Any]) -> MixConfig:

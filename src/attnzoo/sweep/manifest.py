@@ -21,7 +21,7 @@ SEED, RATE = "seed", "optim.lr"
 # where and how a run happens, not what comes out of it
 ASIDE = ("run_dir", "ckpt_path", "launcher", "logger", "callbacks", "allow_targets")
 ASIDE_OF = {
-    "data": ("cache_dir", "num_workers"),
+    "data": ("cache_dir", "num_workers", "worker_timeout"),
     "trainer": ("decode_tokens", "sample_prompt", "sample_tokens"),
 }
 

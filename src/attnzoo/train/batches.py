@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from attnzoo.data import Corpus, targets
 from attnzoo.data import collate as stack
@@ -51,17 +54,76 @@ class CounterBatches(Sampler[list[int]]):
         steps = itertools.count(self.first) if self.last is None else range(self.first, self.last)
         for step in steps:
             for micro in range(self.accumulate):
-                start = step * self.batch_size + (micro * self.world + self.rank) * self.size
-                yield list(range(start, start + self.size))
+                yield list(self._counters(step, micro))
+
+    def _counters(self, step: int, micro: int) -> range:
+        start = step * self.batch_size + (micro * self.world + self.rank) * self.size
+        return range(start, start + self.size)
+
+    def at(self, n: int) -> range:
+        """The sample counters of this rank's micro-batch ``n``, which counts from 0 at step ``first``."""
+        return self._counters(self.first + n // self.accumulate, n % self.accumulate)
 
 
-def train_loader(corpus: Corpus, batches: CounterBatches, workers: int = 0) -> DataLoader:
-    """Micro-batches of ``corpus`` in the order of ``batches``."""
-    return DataLoader(
+class Loader(DataLoader):
+    """Micro-batches, which knows why none comes.
+
+    Args:
+        batches: which samples; further arguments are DataLoader's.
+    """
+
+    def __init__(self, dataset: Dataset, batches: CounterBatches, **more: Any) -> None:
+        super().__init__(dataset, batch_sampler=batches, **more)
+        self.batches, self.served = batches, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.served, self._source = 0, super().__iter__()
+        for batch in self._source:
+            self.served += 1
+            yield batch
+
+    def explain(self, error: BaseException) -> str | None:
+        """In one line, why the worker processes give no batch; None where ``error`` says something else."""
+        text = str(error)
+        if not self.num_workers or "DataLoader" not in text:
+            return None
+        lost, after = self.batches.at(self.served), self.batches.at(self.served - 1)
+        where = f"before samples {lost[0]} to {lost[-1]}"
+        where += f"; sample {after[-1]} was the last read" if self.served else "; no sample was read"
+        if text.startswith("Caught "):  # and then the stack of the worker
+            number = re.search(r"DataLoader worker process (\d+)", text)
+            kind, _, reason = text.strip().splitlines()[-1].partition(": ")
+            reason = reason if kind.rpartition(".")[2] == "ValueError" else f"{kind}: {reason}"
+            return f"data worker {number[1] if number else '?'}: {reason}; {where}"
+        workers, hint = self._source._workers, "data.num_workers=0 reads in the run's own process"
+        dead = [(i, worker) for i, worker in enumerate(workers) if not worker.is_alive() and worker.exitcode]
+        if dead:
+            i, worker = dead[0]
+            how = f"was killed by {signal.Signals(-worker.exitcode).name}" if worker.exitcode < 0 else "ended"
+            memory = "; perhaps for memory" if worker.exitcode == -signal.SIGKILL else ""
+            return f"data worker {i} of {len(workers)} (process {worker.pid}) {how} {where}{memory}; {hint}"
+        i = self._source._task_info[self._source._rcvd_idx][0]
+        return (
+            f"data worker {i} of {len(workers)} (process {workers[i].pid}) hangs: no batch for "
+            f"{self.timeout:g} s {where}; raise data.worker_timeout if it is only slow; {hint}"
+        )
+
+
+def train_loader(
+    corpus: Corpus, batches: CounterBatches, workers: int = 0, worker_timeout: float = 0
+) -> Loader:
+    """Micro-batches of ``corpus`` in the order of ``batches``.
+
+    Args:
+        workers: processes that read ahead.
+        worker_timeout: seconds to wait for one of them; 0 waits for ever.
+    """
+    return Loader(
         corpus.train_dataset(0, sys.maxsize),  # item n is sample n
-        batch_sampler=batches,
+        batches,
         collate_fn=collate,
         num_workers=workers,
+        timeout=worker_timeout if workers else 0,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

@@ -18,7 +18,9 @@ from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 
 from attnzoo.model import generate
+from attnzoo.parallel.launch import adopt, end_ranks
 from attnzoo.parallel.layout import Layout
+from attnzoo.parallel.pulse import Pulse
 from attnzoo.parallel.ranks import Ranks
 from attnzoo.secure import allowed_targets, build, plain_command_line, redact, redact_text
 from attnzoo.signals import deaf
@@ -26,6 +28,7 @@ from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, Draws, GracefulStop
 from attnzoo.train.decode_speed import decode_summary
 from attnzoo.train.evaluate import Validation
+from attnzoo.train.failure import explain
 from attnzoo.train.folder import environment, versions, write_json
 from attnzoo.train.hardware import choose_precision, peak_memory
 from attnzoo.train.logger import forget_after
@@ -37,12 +40,15 @@ def execute(run: Run) -> dict[str, Any]:
     """Open the run folder, train, and return the summary.
 
     Raises:
-        RunFailed: the loss is not finite, or no checkpoint can be written. The summary then says "failed".
+        RunFailed: the loss is not finite, no checkpoint can be written, or a worker process or another rank
+            died or hangs. The summary then says "failed".
         ValueError: the hardware or a logger asked for is not there; nothing is written.
     """
     quieten()
     trainer, reason, layout = _build_trainer(run)
-    ranks = Ranks(layout)
+    ranks, pulse = Ranks(layout), Pulse(layout.rank, layout.world, run.launcher.timeout)
+    trainer.callbacks.append(pulse)
+    adopt(trainer)
     first = run.resume["progress"]["step"] if run.resume else 0
     batches = CounterBatches(
         first,
@@ -65,12 +71,20 @@ def execute(run: Run) -> dict[str, Any]:
     with plain_command_line():
         for logger in trainer.loggers:
             logger.log_hyperparams(redact(run.config))
+    data = run.config["data"]
+    loader = train_loader(run.corpus, batches, data["num_workers"], data.get("worker_timeout", 0))
     try:
-        trainer.fit(module, train_loader(run.corpus, batches, run.config["data"]["num_workers"]))
+        trainer.fit(module, loader)
     except BaseException as error:
+        known = explain(error, run.folder, loader, pulse, module.progress.step + 1)
+        pulse.leave(_reason(known))
         with suppress(OSError):  # of a full disk, too
-            _close_folder(run, trainer, module, error=_reason(error))
-        raise
+            _close_folder(run, trainer, module, error=_reason(known))
+        if known is error:
+            raise
+        raise known from error
+    finally:
+        end_ranks(trainer)
     with deaf():
         return _close_folder(run, trainer, module)
 

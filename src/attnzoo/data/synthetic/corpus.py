@@ -37,12 +37,14 @@ class SyntheticConfig:
     batch_size: int = 32
     val_samples: int = 512
     num_workers: int = 0
+    worker_timeout: int = 300
 
     def __post_init__(self) -> None:
         for key in ("seq_len", "batch_size", "val_samples"):
             check_whole_number(f"data.{key}", getattr(self, key), 1)
         check_whole_number("data.val_seq_len", self.val_seq_len, 1, null=True)
         check_whole_number("data.num_workers", self.num_workers, 0)
+        check_whole_number("data.worker_timeout", self.worker_timeout, 0)
         self.task.check_length("seq_len", self.seq_len)
         if self.val_seq_len is not None:
             self.task.check_length("val_seq_len", self.val_seq_len)

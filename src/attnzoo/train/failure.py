@@ -1,0 +1,40 @@
+"""What ended a run from outside, in one line: the disk, a worker process, another rank."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from attnzoo.parallel.pulse import Pulse
+from attnzoo.train.batches import Loader
+from attnzoo.train.guard import RunFailed
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain(error: BaseException, folder: Path, loader: Loader, pulse: Pulse, step: int) -> BaseException:
+    """The error that the user gets: ``error`` itself where it says all that is known.
+
+    Args:
+        folder: of the run.
+        step: the one that did not come to its end.
+    """
+    # the connection to the others first: with it goes whatever else was under way
+    text = pulse.explain(error) or loader.explain(error) or _disk(error)
+    return RunFailed(f"step {step}: {text}; {way_on(folder)}") if text else error
+
+
+def way_on(folder: Path) -> str:
+    """What to do after a run in ``folder`` has failed."""
+    try:
+        last = (folder / "checkpoints" / "last").read_text().strip().partition(".")[0]
+    except OSError:
+        return "there is no checkpoint yet: start again"
+    return f"the last checkpoint is {last}: resume with ckpt_path={folder}"
+
+
+def _disk(error: BaseException) -> str | None:
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    reason = "the disk is full, make room" if error.errno in FULL else error.strerror
+    return f"{str(error.filename)!r} cannot be written or read: {reason}"
