@@ -10,7 +10,7 @@ from torch import nn
 from attnzoo.attention.base import Mixer
 from attnzoo.model.block import SwiGLU
 from attnzoo.parallel.tensor import CannotSplit, Share
-from attnzoo.registry import build
+from attnzoo.registry import build, card
 
 DIM, HEADS = 32, 4  # of the mixers that `splits` tries
 
@@ -48,14 +48,14 @@ def check_split(model: nn.Module, ranks: int) -> None:
             ) from None
 
 
-def splits(name: str, ranks: int = 2, layers: int = 1, **options: object) -> str | None:
-    """Why ``ranks`` ranks cannot share the heads of a registered variant; None where they can.
+def splits(name: str, ranks: int = 2, **options: object) -> str | None:
+    """Why ``ranks`` ranks cannot share the heads of a registered variant with ``options``; None = they can.
 
-    Args:
-        layers: of a model whose layers depend on each other. options: of the variant.
+    It is tried on 4 heads, without weights, in as many layers as the variant's mechanism spans.
     """
     bank: dict[str, nn.Module] = {}
     with torch.device("meta"):
+        layers = card(name).layers
         for i in range(layers):
             place = {"layer_idx": i, "num_layers": layers}
             try:

@@ -137,10 +137,8 @@ class Share:
         """Leaves a parameter the rows of the rank's heads, which stand along ``dim`` by `shards`."""
         self.put(getattr(module, name), self.shards(*shapes, dim=dim))
 
-    def put(self, param: nn.Parameter | None, shards: Shards) -> None:
+    def put(self, param: nn.Parameter, shards: Shards) -> None:
         """Leaves a parameter its part, in place: flags and ties stay. One that a layer before cut is left."""
-        if param is None:
-            return
         if hasattr(param, "shards"):
             assert param.shards == shards, "two layers cut a parameter that they share in different ways"
             return

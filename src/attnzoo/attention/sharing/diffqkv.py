@@ -27,7 +27,7 @@ from attnzoo.attention.stages.project import QKV
 from attnzoo.cards import Claim
 from attnzoo.cost import Work
 from attnzoo.ops.fused import split_linear, swiglu
-from attnzoo.parallel.tensor import CannotSplit, Share
+from attnzoo.parallel.tensor import Share
 from attnzoo.registry import Card, register
 
 
@@ -41,14 +41,26 @@ class Augment(nn.Module):
     def __init__(self, draft: Draft, width: int, hidden: int) -> None:
         super().__init__()
         self.width, self.halves = width, [hidden, hidden]
+        self.share: Share | None = None
         self.up = draft.site.weights.linear("q_aug_up", width, 2 * hidden, parts=self.halves)
         self.down = draft.linear("q_aug_down", hidden, width)
 
     def forward(self, q: Tensor) -> Tensor:
         """``(B, H, T, d)`` -> ``(B, H, T, d)``."""
         flat = q.transpose(1, 2).flatten(2)
-        z = self.down(swiglu(*split_linear(self.up, flat, self.halves)))
+        if self.share is None:
+            halves = split_linear(self.up, flat, self.halves)
+        else:
+            halves = self.share.total(self.up(flat)).split(self.halves, dim=-1)
+        z = self.down(swiglu(*halves))
         return z.unflatten(-1, (q.shape[1], q.shape[3])).transpose(1, 2)
+
+    def split(self, share: Share, heads: int) -> None:
+        """Every rank has all inner channels, and its heads on both sides."""
+        d = self.width // heads
+        share.columns(self.up, heads, d)
+        share.rows(self.down, (heads, d))
+        self.width, self.share = share.count(heads) * d, share
 
     def work(self, length: int) -> Iterable[Work]:
         per = 2 * length * self.width * self.halves[0]
@@ -60,7 +72,6 @@ class AugmentedQ(QKV):
     """`QKV` whose queries go through an `Augment`."""
 
     plain_queries = False
-    unsplit = "a SwiGLU mixes the queries of all heads"
 
     def __init__(self, draft: Draft, hidden: int) -> None:
         H, G, v_heads = draft.num_heads, draft.num_kv_heads, draft.num_v_heads
@@ -72,6 +83,10 @@ class AugmentedQ(QKV):
         """As `QKV.qkv`."""
         q, k, v = super().qkv(x, call)
         return self.augment(q), k, v
+
+    def split(self, share: Share) -> None:
+        self.augment.split(share, self.heads[0])
+        super().split(share)
 
     def work(self, length: int) -> Iterable[Work]:
         # all heads feed the augmentation, so none of them can rest
@@ -109,7 +124,7 @@ class SmallKeys(Late, Stage):
 
     def split(self, share: Share) -> None:
         if self.augment is not None:
-            raise CannotSplit(AugmentedQ.unsplit)
+            self.augment.split(share, self.heads[0])
         share.rows(self.qkv_proj, *zip(self.heads, self.widths, strict=True))
         share.keep(self.k_up)
         self.heads = tuple(share.count(n) for n in self.heads)
