@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import attnzoo
 from attnzoo.testing.subject import DIM, HEADS, Subject
 
@@ -19,10 +21,11 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_page_of_the_zoo_is_current() -> None:
-    command = [sys.executable, "scripts/zoo_table.py", "--check"]
+@pytest.mark.parametrize(("page", "script"), [("zoo", "zoo_table"), ("parallel", "parallel_table")])
+def test_the_written_pages_are_current(page: str, script: str) -> None:
+    command = [sys.executable, f"scripts/{script}.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"docs/zoo.md is not what scripts/zoo_table.py writes; {done.stderr[-500:]}"
+    assert done.returncode == 0, f"docs/{page}.md is not what scripts/{script}.py writes; {done.stderr[-500:]}"
 
 
 def test_every_variant_was_trained_and_learned() -> None:
