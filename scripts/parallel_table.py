@@ -67,7 +67,7 @@ def reason_of_sequences(name: str) -> str | None:
 def page() -> str:
     lines = []
     for name in attnzoo.list_variants():
-        both = (splits(name, layers=SHAPE["depth"]), reason_of_sequences(name))
+        both = (splits(name), reason_of_sequences(name))
         lines.append(f"| `{name}` | {' | '.join(why or 'yes' for why in both)} |")
     return HEAD + "\n".join(lines) + "\n"
 

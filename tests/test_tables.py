@@ -25,7 +25,7 @@ def rows(name: str) -> list[dict[str, str]]:
 def test_the_written_pages_are_current(page: str, script: str) -> None:
     command = [sys.executable, f"scripts/{script}.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"docs/{page}.md is not what scripts/{script}.py writes; {done.stderr[-500:]}"
+    assert done.returncode == 0, f"docs/{page}.md is not what {script}.py writes; {done.stderr[-500:]}"
 
 
 def test_every_variant_was_trained_and_learned() -> None:
