@@ -107,7 +107,7 @@ def _outcome(run: Run, summary: dict[str, Any], sample: Callable[[Run], str]) ->
         yield f"validation: {share:.1%} correct (loss {loss:.3f} per answer)"
     else:
         yield f"validation: {bits:.3f} bits per byte (loss {loss:.3f} per token)"
-        if run.trainer.sample_tokens:
+        if run.trainer.sample_tokens and not run.launcher.sharded:  # no rank has the whole model
             yield f"sample: {sample(run)}"
 
 
