@@ -97,7 +97,8 @@ class LanguageModule(pl.LightningModule):
         return min(max(steps, clock), 1.0)
 
     def configure_model(self) -> None:
-        self.ranks.spread(self.model, self.device.type)
+        # the module itself is moved later
+        self.ranks.spread(self.model, self.trainer.strategy.root_device.type)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self.ranks.mark(self.model)
