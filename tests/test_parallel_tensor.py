@@ -163,6 +163,20 @@ def test_options(name: str, ranks: int, options: dict[str, Any]) -> None:
     compare(Subject.of(name, **options).mixer(), ranks)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", attnzoo.list_variants())
+def test_compositions(name: str) -> None:
+    """Whatever is added to a variant, ranks compute the same, or refuse."""
+    for other in attnzoo.list_variants():
+        try:
+            subject = Subject.of(name, add=other)
+            mixer = subject.mixer()
+            split_heads(copy.deepcopy(mixer), Share(0, 2))
+        except ValueError:
+            continue
+        compare(mixer, 2, subject.has("packs"))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
