@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.call import Call
-from attnzoo.attention.part_memory import PartMemory
+from attnzoo.attention.part import PartMemory
 from attnzoo.attention.site import Site
 from attnzoo.attention.slots import Cache, Retain, Slot, build_cache
 from attnzoo.attention.timeline import Clock

@@ -8,16 +8,13 @@ right end of each row first ("compacted"): a causal mixer then cannot see it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnzoo.context import Context
-
-if TYPE_CHECKING:
-    from attnzoo.parallel.context import Span
 
 EVERY = -2  # the document of a key that all documents have
 
@@ -218,13 +215,8 @@ def read(ctx: Context, batch: int, length: int, device: torch.device, clock: Clo
     """Reads documents and positions of one forward.
 
     Raises:
-        ValueError: ``positions`` or ``segment_ids`` are not ``(B, T)``, or ids are negative or not integers;
-            in a part, a cache is given or padding stands before a token.
+        ValueError: ``positions`` or ``segment_ids`` are not ``(B, T)``, or ids are negative or not integers.
     """
-    if ctx.span is not None:
-        if clock is not None:
-            raise ValueError("span: is for training, which has no cache, got one; decode without a span")
-        return _part(read(replace(ctx, span=None), batch, length, device), ctx.span)
     _check(ctx, batch, length)
     if ctx.segment_ids is None and not (clock and clock.ragged):
         line = _lockstep(ctx, length, device, clock)
@@ -249,40 +241,6 @@ def read(ctx: Context, batch: int, length: int, device: torch.device, clock: Clo
         line.pos = line.compact(ctx.positions.expand(batch, -1))
     line.check_room()
     return line
-
-
-def _part(line: Timeline, span: Span) -> Timeline:
-    """The reading of one rank's part of the sequences, as that of a chunk whose past is cached."""
-    if line.perm is not None:
-        raise ValueError(
-            "segment_ids: padding must stand at the end of each row where ranks share sequences, "
-            "got some before a token; move it there"
-        )
-    own = span.cut(line.order)
-    length = own.shape[1]
-    start = span.rank * length
-    order, pos = line.order[:, : start + length], line.pos[:, : start + length]
-    clock = Clock(length=start)
-    if line.doc is None:
-        return Timeline(length, own, pos[:, start:], clock=clock, whole=Whole(order, None, pos))
-    doc, seen = line.doc[:, : start + length], torch.zeros_like(order[:, 0])
-    if start:
-        last = doc[:, start - 1 : start]
-        doc, seen = torch.where(doc >= last, doc - last, -1), order[:, start - 1] + 1
-    clock.used = torch.full_like(seen, start)
-    clock.start, clock.position = clock.used - seen, pos[:, start - 1] + 1 if start else seen
-    valid = None if line.valid is None else span.cut(line.valid)
-    return Timeline(
-        length,
-        own,
-        pos[:, start:],
-        doc[:, start:],
-        None if valid is None or bool(valid.all()) else valid,
-        clock=clock,
-        base=clock.used,
-        ident=span.cut(line.ident),
-        whole=Whole(order, doc, pos),
-    )
 
 
 def _lockstep(ctx: Context, length: int, device: torch.device, clock: Clock | None) -> Timeline:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnzoo.attention import timeline
 from attnzoo.attention.base import Mixer
+from attnzoo.attention.part import part_of
 from attnzoo.attention.site import INIT_STD
 from attnzoo.attention.slots import Cache
 from attnzoo.attention.timeline import Clock
@@ -108,7 +109,7 @@ class LanguageModel(nn.Module):
             ctx, length = placed.ctx, placed.source.shape[1]
         line = timeline.read(ctx, batch, length, device, clock)
         if ctx.span is not None:
-            tokens = ctx.span.cut(tokens)
+            line, tokens = part_of(line, ctx.span), ctx.span.cut(tokens)
         if placed:
             h = self.prefix(self.embed(tokens), line.compact(placed.source))
         else:

@@ -2,7 +2,7 @@
 
 It is chunked prefill over ranks: what a cache would hold of earlier tokens comes from the ranks to the left.
 Rank r reads tokens ``r T / ranks`` to ``(r + 1) T / ranks``; its layers see the rows of ranks 0 to r, and the
-last tokens and the states of its left neighbour (`attnzoo.attention.part_memory`). Whatever decodes by
+last tokens and the states of its left neighbour (`attnzoo.attention.part`). Whatever decodes by
 `rows`, `tail` and `state` runs so, with the same outputs and gradients.
 """
 

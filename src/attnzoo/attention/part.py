@@ -1,4 +1,4 @@
-"""Memory of one part of a sequence: the earlier tokens come from the ranks to the left."""
+"""One rank's part of every sequence: where its tokens stand, and a memory that the ranks to the left fill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnzoo.attention.memory import Memory
 from attnzoo.attention.slots import Retain, Slot
-from attnzoo.attention.timeline import Axis, Timeline
+from attnzoo.attention.timeline import Axis, Clock, Timeline, Whole
 
 if TYPE_CHECKING:
     from attnzoo.parallel.context import Link, Span
@@ -96,3 +96,43 @@ class PartMemory(Memory):
         """The link, between two exchanges."""
         assert self._open is None, f"{self._open!r} must be put before the next exchange"
         return self.link
+
+
+def part_of(line: Timeline, span: Span) -> Timeline:
+    """The reading of one rank's part of sequences, as that of a chunk whose past is cached.
+
+    Raises:
+        ValueError: there is a cache, padding stands before a token, or parts would be of unequal lengths.
+    """
+    if line.clock is not None:
+        raise ValueError("span: is for training, which has no cache, got one; decode without a span")
+    if line.perm is not None:
+        raise ValueError(
+            "segment_ids: padding must stand at the end of each row where ranks share sequences, "
+            "got some before a token; move it there"
+        )
+    own = span.cut(line.order)
+    length = own.shape[1]
+    start = span.rank * length
+    order, pos = line.order[:, : start + length], line.pos[:, : start + length]
+    clock = Clock(length=start)
+    if line.doc is None:
+        return Timeline(length, own, pos[:, start:], clock=clock, whole=Whole(order, None, pos))
+    doc, seen = line.doc[:, : start + length], torch.zeros_like(order[:, 0])
+    if start:
+        last = doc[:, start - 1 : start]
+        doc, seen = torch.where(doc >= last, doc - last, -1), order[:, start - 1] + 1
+    clock.used = torch.full_like(seen, start)
+    clock.start, clock.position = clock.used - seen, pos[:, start - 1] + 1 if start else seen
+    valid = None if line.valid is None else span.cut(line.valid)
+    return Timeline(
+        length,
+        own,
+        pos[:, start:],
+        doc[:, start:],
+        None if valid is None or bool(valid.all()) else valid,
+        clock=clock,
+        base=clock.used,
+        ident=span.cut(line.ident),
+        whole=Whole(order, doc, pos),
+    )
