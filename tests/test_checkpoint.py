@@ -6,15 +6,18 @@ import copy
 import os
 import pickle
 import resource
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 import attnzoo
-from attnzoo.train import checkpoint
-from attnzoo.train.checkpoint import find_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from attnzoo.train import checkpoint, store
+from attnzoo.train.checkpoint import find_checkpoint, load_weights, read_checkpoint
+from attnzoo.train.folder import check_folder
 from attnzoo.train.guard import RunFailed
+from attnzoo.train.store import save_checkpoint
 from runs import train
 
 
@@ -40,7 +43,12 @@ def test_a_run_folder_loads_without_lightning(finished: Path) -> None:
 
 def test_it_holds_plain_values_only(finished: Path) -> None:
     loaded = torch.load(find_checkpoint(finished), weights_only=True)
-    assert set(loaded) == {"format", *checkpoint.KEYS}
+    informing = {"config", "versions", "schedule", "position", "metrics", "draws"}
+    assert set(loaded) == {"format", *checkpoint.KEYS, *informing}
+    assert loaded["position"] == {"sample": 4, "micro": 0, "accumulate": 1}
+    assert loaded["schedule"]["total_steps"] == 1 and loaded["schedule"]["lr"] > 0
+    assert loaded["config"]["attention"]["name"] == "mla" and "torch" in loaded["versions"]
+    assert loaded["metrics"]["val_bpb"] > 0 and len(loaded["draws"]) == 1
     assert loaded["progress"]["step"] == 1 and loaded["identity"]["seed"] == 1
     assert set(loaded["optimizer"]) == set(loaded["model"])
 
@@ -64,12 +72,107 @@ def test_only_the_newest_are_kept_and_last_names_the_newest(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last",
         "step-00000002.pt",
+        "step-00000002.pt.sha256",
         "step-00000010.pt",
+        "step-00000010.pt.sha256",
     ]
     assert find_checkpoint(tmp_path).name == "step-00000010.pt"
 
 
-@pytest.mark.parametrize("victim", ["step-00000002.pt", "last"])
+def steps(folder: Path) -> list[int]:
+    return [store.step_of(path) for path in reversed(store.checkpoints(folder))]
+
+
+def test_those_of_every_so_many_steps_stay(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        save_checkpoint(tmp_path, step, content(), keep=2, keep_every=3)
+    assert steps(tmp_path) == [3, 6, 8, 9]
+
+
+def test_going_back_drops_what_came_later_and_keeps_what_is_written(tmp_path: Path) -> None:
+    for step in (1, 2, 4):
+        save_checkpoint(tmp_path, step, content(), keep=9)
+    save_checkpoint(tmp_path, 3, content(), keep=1)
+    assert steps(tmp_path) == [3] and find_checkpoint(tmp_path).name == "step-00000003.pt"
+
+
+def test_sha256sum_checks_them(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, content(), keep=2)
+    command = ["sha256sum", "-c", "step-00000001.pt.sha256", "step-00000002.pt.sha256"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == 2
+
+
+def test_a_disk_that_keeps_something_else_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 1, content(), keep=1)
+    fsync = os.fsync
+
+    def forgetful(number: int) -> None:
+        fsync(number)
+        for file in tmp_path.glob(".step-00000002*"):
+            flip(file, file.stat().st_size // 2)
+
+    monkeypatch.setattr(os, "fsync", forgetful)
+    with pytest.raises(RunFailed, match=r"step 2: what was read back .*step-00000001\.pt"):
+        save_checkpoint(tmp_path, 2, content(), keep=1)
+    assert steps(tmp_path) == [1] and find_checkpoint(tmp_path).name == "step-00000001.pt"
+
+
+def flip(file: Path, position: int) -> None:
+    """Turn one bit over."""
+    data = bytearray(file.read_bytes())
+    data[position] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_a_flipped_bit_anywhere_in_a_tensor_is_refused(tmp_path: Path, with_sum: bool) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, content(200), keep=9)
+    file = tmp_path / "step-00000003.pt"
+    flip(file, file.read_bytes().index(torch.arange(200).numpy().tobytes()) + 100)
+    if not with_sum:
+        (tmp_path / f"{file.name}.sha256").unlink()
+    words = "differs from its checksum" if with_sum else "is truncated or no checkpoint"
+    other = tmp_path / "step-00000002.pt"
+    with pytest.raises(ValueError, match=words) as caught:
+        read_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert str(file) in message and f"ckpt_path={other} hydra.run.dir=" in message and "\n" not in message
+    flip(other, 100)
+    with pytest.raises(ValueError, match=r"init_from: .*: give init_from=.*step-00000001\.pt"):
+        read_checkpoint(tmp_path, "init_from")
+
+
+def test_a_damaged_pointer_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, content(), keep=9)
+    for text in ("", "../../elsewhere.pt", "step-0000"):
+        (tmp_path / "last").write_text(text + "\n")
+        with pytest.raises(ValueError, match=r"step-00000001\.pt"):
+            read_checkpoint(tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_bar_its_folder(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for step in (1, 2):
+        save_checkpoint(folder, step, content(), keep=9)
+    first = folder / "step-00000001.pt"
+    with pytest.raises(ValueError, match="already at step-00000002"):
+        check_folder(folder.parent, first)
+    flip(folder / "step-00000002.pt", 80)
+    check_folder(folder.parent, first)
+
+
+def test_format_1_is_read(finished: Path, tmp_path: Path) -> None:
+    loaded = read_checkpoint(finished)
+    old = {key: loaded[key] for key in checkpoint.KEYS} | {"format": 1}
+    torch.save(old, tmp_path / "old.pt")
+    assert read_checkpoint(tmp_path / "old.pt")["progress"] == loaded["progress"]
+
+
+@pytest.mark.parametrize("victim", ["step-00000002.pt", "step-00000002.pt.sha256", "last"])
 def test_an_interruption_at_any_write_leaves_the_last_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
@@ -101,7 +204,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
     assert "\n" not in message
     for words in ("step 2", "disk is full", "step-00000001.pt", "ckpt_path"):
         assert words in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000001.pt"]
+    assert steps(tmp_path) == [1] and not list(tmp_path.glob(".*"))
     assert len(read_checkpoint(tmp_path)["model"]["weight"]) == 10
 
 

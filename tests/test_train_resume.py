@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.nn.functional import dropout
 
-from attnzoo.data import Corpus
+from attnzoo.data import TextCorpus
 from attnzoo.train.batches import CounterBatches
 from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.logger import FileLogger, forget_after
@@ -24,13 +27,13 @@ EXACT = ("step", "tokens", "train_loss", "lr", "grad_norm")
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counters of the training samples read, in their order."""
     counters: list[int] = []
-    sample = Corpus.sample
+    sample = TextCorpus.sample
 
-    def watched(self: Corpus, n: int) -> dict[str, torch.Tensor]:
+    def watched(self: TextCorpus, n: int) -> dict[str, torch.Tensor]:
         counters.append(n)
         return sample(self, n)
 
-    monkeypatch.setattr(Corpus, "sample", watched)
+    monkeypatch.setattr(TextCorpus, "sample", watched)
     return counters
 
 
@@ -134,13 +137,54 @@ def test_a_step_must_divide_evenly() -> None:
         ("data.max_documents=30", "data is '"),
         ("model.depth=1", r"depth is 2 there and 1 here"),
         ("optim=muon", r"optim\.name: .*init_from"),
+        ("tokenizer=bpe tokenizer.vocab_size=300", r"tokenizer is one of 257 tokens .* of 300 .*; data is '"),
     ],
 )
 def test_what_would_change_a_run_is_refused(tmp_path: Path, option: str, words: str) -> None:
     train(tmp_path, "trainer.max_steps=1")
     with pytest.raises(ValueError, match=words) as caught:
-        train(tmp_path, option, f"ckpt_path={tmp_path / 'run'}", name="resumed")
+        train(tmp_path, *option.split(), f"ckpt_path={tmp_path / 'run'}", name="resumed")
     assert "\n" not in str(caught.value) and not (tmp_path / "resumed").exists()
+
+
+def test_forced_a_run_goes_on_and_says_what_differs(
+    tmp_path: Path, seen: list[int], capsys: pytest.CaptureFixture
+) -> None:
+    train(tmp_path, "trainer.max_steps=1")
+    seen.clear()
+    forced = ("ckpt_force=true", f"ckpt_path={tmp_path / 'run'}")
+    _, summary = train(tmp_path, "seed=2", "data.max_documents=30", *forced, name="resumed")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ckpt_force: ")]
+    assert len(lines) == 1 and "seed is 1 there and 2 here" in lines[0] and "data is '" in lines[0]
+    assert seen == list(range(4, 16)) and summary["steps"] == 4
+    with pytest.raises(ValueError, match=r"ckpt_path: of another architecture: dim is 16 there and 32 here"):
+        train(tmp_path, "model.dim=32", *forced, name="wider")
+    with pytest.raises(ValueError, match=r"optim\.name: "):
+        train(tmp_path, "optim=muon", *forced, name="muon")
+    with pytest.raises(ValueError, match="ckpt_force: must be true or false, got 'perhaps'"):
+        train(tmp_path, "ckpt_force=perhaps", forced[1], name="perhaps")
+
+
+class Drawing(Callback):
+    """Draws before and after every step, from every generator, without the seeds of the step."""
+
+    drawn: ClassVar[list[tuple]] = []
+
+    def on_train_batch_start(self, *args: object) -> None:
+        self.drawn.append((torch.rand(()).item(), np.random.normal(), random.gauss(0, 1)))
+
+    on_train_batch_end = on_train_batch_start
+
+
+def test_what_others_draw_goes_on(tmp_path: Path) -> None:
+    drawing = f"+callbacks.drawing._target_={__name__}.Drawing"
+    Drawing.drawn.clear()
+    train(tmp_path, drawing, *HALF, name="straight")
+    straight = list(Drawing.drawn)
+    Drawing.drawn.clear()
+    half = tmp_path / "straight" / "checkpoints" / "step-00000002.pt"
+    train(tmp_path, drawing, f"ckpt_path={half}", name="resumed")
+    assert len(straight) == 8 and Drawing.drawn == straight[4:]
 
 
 def test_init_from_takes_the_weights_only(tmp_path: Path, seen: list[int]) -> None:

@@ -27,11 +27,12 @@ from omegaconf import OmegaConf
 from attnzoo.cli import INTERRUPTED, report
 from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, completed, write_outcome
-from attnzoo.train.checkpoint import find_checkpoint, read_checkpoint
+from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.folder import write_json
 from attnzoo.train.guard import RunFailed
 from attnzoo.train.prepare import prepare, read_groups
 from attnzoo.train.run import execute
+from attnzoo.train.store import FOLDER, checkpoints, newest_intact
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,14 +101,25 @@ def _config(manifest: Manifest, cell: Cell, ckpt_path: str | None) -> dict[str, 
 
 
 def _starting_point(manifest: Manifest, cell: Cell) -> str | None:
-    """The run folder if it holds a checkpoint to go on from; what cannot be gone on with is removed."""
+    """What to go on from: the run folder, or, saying so, an older checkpoint where the newest is damaged.
+
+    A run folder without any checkpoint is removed, as is one whose run was at its end.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged: a person has to look.
+    """
     folder = manifest.run_folder(cell)
+    start, saved = folder, checkpoints(folder / FOLDER)
     try:
-        progress = read_checkpoint(find_checkpoint(folder))["progress"]
-    except ValueError:
-        progress = None
+        progress = read_checkpoint(folder)["progress"] if saved else None
+    except ValueError as error:
+        start = newest_intact(folder / FOLDER)
+        if start is None:
+            raise ValueError(f"{error}; remove {str(folder)!r} to train this cell from its start") from error
+        print(f"{error}; this cell goes on from there", flush=True)
+        progress = read_checkpoint(start)["progress"]
     if progress and not _at_end(cell, progress):
-        return str(folder)
+        return str(start)
     if folder.exists():  # killed before its first checkpoint, or after the last and before its summary
         shutil.rmtree(folder)
     return None
