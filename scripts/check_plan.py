@@ -1,12 +1,13 @@
-"""Compares the plan's model with what this machine does: 1, 2 and 4 processes over gloo, and the memory of one.
+"""Compares the plan's model with what this machine does: 1, 2 and 4 processes over gloo, and the memory of
+one.
 
 python scripts/check_plan.py            # about four minutes; writes benchmarks/results/plan-check.csv
 python scripts/check_plan.py --quick    # two rounds, one model, nothing written
 
-Speeds of products, memory, small operations and exchanges are the model's inputs: measured before and after each
-step, on all ranks at once, so that processes which share a core, and whatever else the machine does, are in them.
-Layouts take turns, in another order every second round; a step's time is that of the slowest rank, and ``ratio``
-is predicted by measured, each with its own inputs, with quartiles over the rounds.
+Speeds of products, memory, small operations and exchanges are the model's inputs: measured before and after
+each step, on all ranks at once, so that processes which share a core, and whatever else the machine does, are
+in them. Layouts take turns, in another order every second round; a step's time is that of the slowest rank,
+and ``ratio`` is predicted by measured, each with its own inputs, with quartiles over the rounds.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Gauge:
 
     @torch.no_grad()
     def read(self) -> dict[str, float]:
-        """FLOPs per second of products of the models' shapes, bytes per second, seconds of an operation, bytes
-        per second and seconds of a message in the plan's formula.
+        """FLOPs per second of products of the models' shapes, bytes per second, seconds of an operation,
+        bytes per second and seconds of a message in the plan's formula.
         """
         seconds = [
             spent(lambda: [self.a @ self.b for _ in range(10)]) / 10,

@@ -102,7 +102,9 @@ def test_activations_are_what_autograd_keeps(layout: str, bf16: bool) -> None:
 
 def peak_of(run) -> int:
     """The most that was allocated at once while ``run`` ran, by the allocator's own record."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as done:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as done:
         run()
     events = [e for e in done.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
@@ -136,7 +138,9 @@ def test_rows_scale_and_fixed_parts_do_not() -> None:
     few, many = (memory(one, Setup(rows=n)) for n in (2, 7))
     assert few.copies == many.copies > 0
     direct = one._subjects[1].trace(7, LENGTH)
-    assert sum(p.saved for p in direct.blocks) == pytest.approx(many.activations + many.copies - direct.tables, rel=0.05)
+    assert sum(p.saved for p in direct.blocks) == pytest.approx(
+        many.activations + many.copies - direct.tables, rel=0.05
+    )
 
 
 def test_recomputing_keeps_only_what_enters_a_block() -> None:
@@ -165,7 +169,9 @@ def test_heads_are_halved_by_two_ranks() -> None:
 
 
 def test_ranks_that_share_sequences_gather_keys_and_pass_states() -> None:
-    soft, state = (job(name).traced(Setup(4, "fsdp", context=4)).blocks[1] for name in ("mha", "gated_deltanet"))
+    soft, state = (
+        job(name).traced(Setup(4, "fsdp", context=4)).blocks[1] for name in ("mha", "gated_deltanet")
+    )
     assert soft.ahead.gathered == soft.back.gathered == 2 * LENGTH * SIZES["dim"] * 4
     assert soft.ahead.passed == 0 and state.ahead.gathered == 0
     mixer = real("gated_deltanet").mixers[0]

@@ -12,7 +12,7 @@ from attnzoo.cli.overrides import order
 from attnzoo.cli.tree import compose, config_folder, opened, plain_errors
 from attnzoo.cli.zoo import table
 from attnzoo.cluster.ranks import launcher_here
-from attnzoo.parallel.layout import Layout, LauncherSettings
+from attnzoo.parallel.layout import LauncherSettings, Layout
 from attnzoo.plan import Hardware, Setup, entry_for, estimate, read_hardware, refusal
 from attnzoo.plan.hardware import GIB
 from attnzoo.plan.memory import PARTS as MEMORY
@@ -34,7 +34,9 @@ def dry_run(arguments: list[str]) -> int:
     """
     for argument in arguments:
         if argument.startswith("-"):
-            raise ValueError(f"--dry-run: takes key=value of one run, got {argument!r} beside it; leave it out")
+            raise ValueError(
+                f"--dry-run: takes key=value of one run, got {argument!r} beside it; leave it out"
+            )
     own = [a for a in arguments if a.partition("=")[0] in OWN or a.startswith("hardware.")]
     request = read_request(own)
     with plain_errors(), opened():
@@ -48,7 +50,9 @@ def dry_run(arguments: list[str]) -> int:
     if hardware is None:
         bf16 = choose_precision(precision, torch.device("cpu"), config["model"]["dim"])[0] != "32-true"
     job = job_of(config, vocabulary(config), gpu=hardware is not None, bf16=bf16)
-    found = estimate(job, setup, hardware or read_hardware(config_folder() / "hardware", "h100"), request.overlap)
+    found = estimate(
+        job, setup, hardware or read_hardware(config_folder() / "hardware", "h100"), request.overlap
+    )
     _print(found, hardware, memory)
     reason = None if memory is None else refusal(found, memory)
     if reason is not None:
@@ -60,7 +64,9 @@ def dry_run(arguments: list[str]) -> int:
 def _hardware(
     launcher: LauncherSettings, name: str | None, changes: Mapping[str, Any]
 ) -> tuple[Hardware | None, float | None]:
-    """The machine and the memory of its devices; what was asked for, else what is here, as far as it is known."""
+    """The machine and the memory of its devices; what was asked for, else what is here, as far as it is
+    known.
+    """
     folder = config_folder() / "hardware"
     if name is not None or changes:
         found = read_hardware(folder, name or "h100", changes)
@@ -102,9 +108,9 @@ def _devices(devices: Any) -> int:
 def _print(found, hardware: Hardware | None, memory: float | None) -> None:
     job, setup = found.job, found.setup
     print(
-        f"{job.options['layout']}: {job.cost.params:,} parameters; {setup.gpus} ranks (data {setup.data}, context "
-        f"{setup.context}, tensor {setup.tensor}), {setup.accumulate} x {setup.rows} samples of {job.seq_len} "
-        f"tokens on each; {'bf16' if job.bf16 else 'fp32'}"
+        f"{job.options['layout']}: {job.cost.params:,} parameters; {setup.gpus} ranks (data {setup.data}, "
+        f"context {setup.context}, tensor {setup.tensor}), {setup.accumulate} x {setup.rows} samples of "
+        f"{job.seq_len} tokens on each; {'bf16' if job.bf16 else 'fp32'}"
     )
     has = "" if memory is None else f" of {memory / GIB:.1f}"
     sizes = [[f"  {name}", f"{getattr(found.memory, name) / GIB:.2f} GiB"] for name in MEMORY]

@@ -71,9 +71,9 @@ def _print(request: Request, job: Job, batch: int, hardware, choices: list[Choic
         f"{'bf16' if job.bf16 else 'fp32'}, {job.optimiser}"
     )
     print(
-        f"{hardware.name}: products at {hardware.efficiency:.0%} of {hardware.peak_flops / 1e12:.0f} TFLOP/s and "
-        f"{hardware.bandwidth_efficiency:.0%} of all bandwidths, both assumed; {request.overlap:.0%} of the "
-        f"exchange hidden, in brackets all and none; {hardware.source}\n"
+        f"{hardware.name}: products at {hardware.efficiency:.0%} of {hardware.peak_flops / 1e12:.0f} TFLOP/s "
+        f"and {hardware.bandwidth_efficiency:.0%} of all bandwidths, both assumed; {request.overlap:.0%} of "
+        f"the exchange hidden, in brackets all and none; {hardware.source}\n"
     )
     rows = [HEAD, *(as_row(choice.best) for choice in choices if choice.best)]
     if len(rows) > 1:

@@ -1,8 +1,8 @@
 """How long ranks need to exchange bytes: rings inside a node, and rings of equal places across nodes.
 
-A group of n = g m ranks has g in each of m nodes. Gathering B bytes runs in two stages: across nodes every rank
-collects the parts of its place in the other nodes, B / g in the end, then inside the node the ranks pass these on.
-A reduce-scatter is the same backwards, an all-reduce is both. The stages run one after the other.
+A group of n = g m ranks has g in each of m nodes. Gathering B bytes runs in two stages: across nodes every
+rank collects the parts of its place in the other nodes, B / g in the end, then inside the node the ranks pass
+these on. A reduce-scatter is the same backwards, an all-reduce is both. The stages run one after the other.
 """
 
 from __future__ import annotations

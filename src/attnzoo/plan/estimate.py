@@ -137,7 +137,7 @@ def _powers(most: int) -> list[int]:
 
 
 def refusal(found: Estimate, memory_bytes: float) -> str | None:
-    """Why a run cannot fit into ``memory_bytes`` of a device whatever the estimate's errors; None = it may."""
+    """Why a run cannot fit into ``memory_bytes`` of a device however wrong the estimate; None = it may."""
     need = found.memory
     if need.lower <= memory_bytes:
         return None
@@ -156,6 +156,6 @@ def refusal(found: Estimate, memory_bytes: float) -> str | None:
     ]
     return (
         f"memory: a rank needs at least {need.lower / GIB:.1f} GiB of {memory_bytes / GIB:.1f} "
-        f"({found.setup.rows} samples of {found.job.seq_len} tokens at once; the largest parts in GiB: {named}); "
-        f"try {', '.join(ways)}"
+        f"({found.setup.rows} samples of {found.job.seq_len} tokens at once; the largest parts in GiB: "
+        f"{named}); try {', '.join(ways)}"
     )

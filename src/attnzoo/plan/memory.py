@@ -1,9 +1,9 @@
 """Memory of a rank at its highest point, by part; bytes.
 
-Weights, gradients and optimiser states are fp32 and spread over ``shards`` ranks by rows, the last of which may
-have none; counted on the first, which has most. Gradients are all there when activations are at their highest,
-as from the second micro-batch on. The highest point of activations is the loss, or the backward pass of the
-last block, when all others' are kept.
+Weights, gradients and optimiser states are fp32 and spread over ``shards`` ranks by rows, the last of which
+may have none; counted on the first, which has most. Gradients are all there when activations are at their
+highest, as from the second micro-batch on. The highest point of activations is the loss, or the backward pass
+of the last block, when all others' are kept.
 """
 
 from __future__ import annotations

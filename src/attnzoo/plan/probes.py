@@ -1,4 +1,6 @@
-"""Stand-ins that count what a rank would exchange: nothing is sent, and what would arrive has the right shape."""
+"""Stand-ins that count what a rank would exchange: nothing is sent, and what would arrive has the right
+shape.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Exchanges(NamedTuple):
     """Bytes of a part of a model, in one direction of a micro-batch, and the number of calls.
 
     Args:
-        added: summed over the ranks that share heads. gathered: rows of all ranks that share sequences, also of
+        added: summed over the ranks that share heads. gathered: rows of all ranks that share sequences, also
+        of
             sums that each gets a part of. passed: to the next of these.
     """
 

@@ -1,4 +1,6 @@
-"""What `attnzoo plan` and `attnzoo train --dry-run` are asked for: their own keys, and a resolved configuration."""
+"""What `attnzoo plan` and `attnzoo train --dry-run` are asked for: their own keys, and a resolved
+configuration.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,11 @@ def without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 def as_values(choice: Choice) -> dict[str, Any]:
     """Plain values: bytes, seconds."""
     found = choice.best
-    values: dict[str, Any] = {"gpus": choice.gpus, "fits": found is not None, "left_out": dict(choice.left_out)}
+    values: dict[str, Any] = {
+        "gpus": choice.gpus,
+        "fits": found is not None,
+        "left_out": dict(choice.left_out),
+    }
     if found is None:
         return values
     low, high = found.times.bounds

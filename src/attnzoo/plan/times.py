@@ -1,10 +1,11 @@
 """Time of an optimiser step by part; seconds.
 
 A rank computes products at ``efficiency`` of the peak and moves what other operations read and write at
-``bandwidth_efficiency`` of the memory's; the backward pass is twice the forward, and recomputed blocks run once
-more. The rank that is last in its sequences sets the pace. What ranks exchange is counted by running the model
-(`attnzoo.plan.trace`), and how long it takes is `attnzoo.plan.collectives`'. Sums over heads, rows and states
-are waited for; gathering parameters and reducing gradients hides behind computing, as far as ``overlap`` says.
+``bandwidth_efficiency`` of the memory's; the backward pass is twice the forward, and recomputed blocks run
+once more. The rank that is last in its sequences sets the pace. What ranks exchange is counted by running the
+model (`attnzoo.plan.trace`), and how long it takes is `attnzoo.plan.collectives`'. Sums over heads, rows and
+states are waited for; gathering parameters and reducing gradients hides behind computing, as far as
+``overlap`` says.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def times(job: Job, setup: Setup, hardware: Hardware, overlap: float) -> Times:
     """The time of a step on the slowest rank.
 
     Args:
-        overlap: share of the exchange of parameters and gradients that runs beside computing, as far as there is
+        overlap: share of the exchange of parameters and gradients that runs beside computing, as far as there
+        is
             enough of that: 0 to 1.
     """
     traced, micro, moved = job.traced(setup), setup.accumulate, hardware.bandwidth_efficiency
@@ -134,8 +136,8 @@ def imbalance(job: Job, context: int) -> float:
 
 
 def _wave(blocks: list[Profile], setup: Setup) -> float:
-    """Waiting for states, as a share of the work: a rank is a layer behind its left neighbour, and layers that
-    gather rows bring all to the same layer again.
+    """Waiting for states, as a share of the work: a rank is a layer behind its left neighbour, and layers
+    that gather rows bring all to the same layer again.
     """
     runs, inside = 0, False
     for profile in blocks:
@@ -167,8 +169,8 @@ def _calls(how, total: float, calls: float, who: Group, hardware: Hardware) -> f
 
 
 def _data(traced: Traced, setup: Setup, hardware: Hardware) -> float:
-    """FSDP, in each micro-batch: blocks are gathered in the forward and again in the backward, the rest once, and
-    the gradients of each are reduced. DDP: one all-reduce of all gradients in a step, in buckets.
+    """FSDP, in each micro-batch: blocks are gathered in the forward and again in the backward, the rest once,
+    and the gradients of each are reduced. DDP: one all-reduce of all gradients in a step, in buckets.
     """
     blocks, rest = units(traced)
     if setup.strategy == "fsdp":

@@ -1,13 +1,14 @@
 """What a micro-batch holds in memory and moves through it: counted, by running the model without storage.
 
-Blocks run forward and backward on fake tensors, so that nothing is computed and any length takes no memory, and
-every tensor that appears, is kept by autograd and disappears again is counted. Blocks that are alike are run
-once. For a GPU the code takes the path that it takes there (kernels, fused attention), on fake tensors of a CPU.
+Blocks run forward and backward on fake tensors, so that nothing is computed and any length takes no memory,
+and every tensor that appears, is kept by autograd and disappears again is counted. Blocks that are alike are
+run once. For a GPU the code takes the path that it takes there (kernels, fused attention), on fake tensors of
+a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -24,7 +25,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attnzoo import Context, create_model
@@ -33,39 +33,9 @@ from attnzoo.parallel.context import Span, check_spans
 from attnzoo.parallel.plan import split_heads
 from attnzoo.parallel.shard import entangled
 from attnzoo.plan.probes import Exchanges, QuietRanks, QuietShare, Tally
+from attnzoo.plan.watch import Profile, Watch, key_of
 from attnzoo.train.optim import parameter_groups
 from attnzoo.train.settings import OptimSettings
-
-# products, whose time is that of their FLOPs and not of what they read
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "convolution", "attention", "scan")
-FREE = ("detach", "empty", "view", "alias", "expand", "permute", "transpose", "lift_fresh")
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Bytes of one part of a model, for one micro-batch.
-
-    Args:
-        entry: what enters, kept where the part is recomputed.
-        saved: what autograd keeps for the backward pass but parameters and tables, ``entry`` included.
-        copies: of ``saved``, parameters in another dtype: there once, however large the micro-batch.
-        forward, backward: what else lives at the highest point of a pass, gradients of parameters left out.
-        traffic, back_traffic: what operations but products read and write in the forward, in the backward.
-        calls, back_calls: operations.
-        ahead, back: what is exchanged in the forward, in the backward.
-    """
-
-    entry: float = 0
-    saved: float = 0
-    copies: float = 0
-    forward: float = 0
-    backward: float = 0
-    traffic: float = 0
-    back_traffic: float = 0
-    calls: float = 0
-    back_calls: float = 0
-    ahead: Exchanges = Exchanges()
-    back: Exchanges = Exchanges()
 
 
 @dataclass(frozen=True)
@@ -87,7 +57,7 @@ class Traced:
     entangled: bool
 
     def scaled(self, two: Traced, rows: int) -> Traced:
-        """For ``rows`` samples, from this one for one sample and ``two`` for two: all grows by equal steps."""
+        """For ``rows`` samples, from this one for one sample and ``two`` for two: all grows evenly."""
         blocks = tuple(_scaled(a, b, rows) for a, b in zip(self.blocks, two.blocks, strict=True))
         tables = self.tables + (rows - 1) * (two.tables - self.tables)
         return replace(self, blocks=blocks, ends=_scaled(self.ends, two.ends, rows), tables=tables)
@@ -134,8 +104,8 @@ class Subject:
         self.by_muon = _by_muon(self.model)
 
     def trace(self, rows: int, length: int, context: int = 1) -> Traced:
-        """Profiles of a micro-batch of ``rows`` samples of ``length`` tokens, which ``context`` ranks share; on
-        the last of them, which sees most keys.
+        """Profiles of a micro-batch of ``rows`` samples of ``length`` tokens, which ``context`` ranks share;
+        on the last of them, which sees most keys.
 
         Raises:
             ValueError: a layer looks at its data, or its sequences cannot be shared so.
@@ -157,7 +127,7 @@ class Subject:
                 ) from None
 
 
-class undrawn(TorchFunctionMode):  # noqa: N801
+class undrawn(TorchFunctionMode):
     """Initial weights are not drawn, which is most of the time that a model without storage takes."""
 
     def __torch_function__(
@@ -187,7 +157,7 @@ class _Tracer:
 
     def __init__(self, subject: Subject, keys: Sequence[Hashable]) -> None:
         self.subject, self.model, self.tally = subject, subject.model, subject.tally
-        self.parameters = {_key(p) for p in self.model.parameters()}
+        self.parameters = {key_of(p) for p in self.model.parameters()}
         self.keys = {id(block): key for block, key in zip(self.model.blocks, keys, strict=True)}
         self.blocks: list[Profile] = []
         self.known: dict[Hashable, Profile] = {}
@@ -199,7 +169,7 @@ class _Tracer:
 
     def run(self, rows: int, length: int, span: Span | None) -> Traced:
         tokens = targets = torch.zeros(rows, length, dtype=torch.long)
-        watch = _Watch(self.parameters)
+        watch = Watch(self.parameters)
         self.model.run_block = lambda *args: self._block(watch, *args)
         with watch, self._kept(watch):
             logits = self.model(tokens, Context(span=span))
@@ -217,13 +187,15 @@ class _Tracer:
             tuple(self.blocks), ends, tables, subject.shapes, subject.by_muon, entangled(self.model)
         )
 
-    def _block(self, outer: _Watch, block: nn.Module, h: Tensor, ctx: Context, line: Any, cache: None) -> Tensor:
+    def _block(
+        self, outer: Watch, block: nn.Module, h: Tensor, ctx: Context, line: Any, cache: None
+    ) -> Tensor:
         self.line, key = line, self.keys[id(block)]
         with outer.paused():
             if not self.linked and key in self.known:
                 self.blocks.append(self.known[key])
                 return h.detach().requires_grad_()
-            watch = _Watch(self.parameters)
+            watch = Watch(self.parameters)
             entry = h if self.linked else h.detach().requires_grad_()
             with watch, self._kept(watch):
                 out = block(entry, ctx, line, cache)
@@ -246,14 +218,14 @@ class _Tracer:
         """Storages that the layers of this forward share, with their bytes."""
         memo = [self.line.memo, *(v for v in vars(self.line).values() if isinstance(v, (Tensor, tuple)))]
         tensors = [z for z in tree_leaves(memo) if isinstance(z, Tensor)]
-        return {_key(z): z.untyped_storage().nbytes() for z in tensors}
+        return {key_of(z): z.untyped_storage().nbytes() for z in tensors}
 
     @contextmanager
-    def _kept(self, watch: _Watch) -> Iterator[None]:
+    def _kept(self, watch: Watch) -> Iterator[None]:
         """Tells the watch what autograd keeps, each storage once in the whole model."""
 
         def pack(z: Tensor) -> Tensor:
-            key = _key(z)
+            key = key_of(z)
             if key not in self.parameters and key not in self.seen:
                 self.seen.add(key)
                 self.refs.append(StorageWeakRef(z.untyped_storage()))  # or its address might be used again
@@ -264,84 +236,10 @@ class _Tracer:
             yield
 
 
-class _Watch(TorchDispatchMode):
-    """Follows storages from the operation that makes them to their end."""
-
-    def __init__(self, parameters: set[int]) -> None:
-        super().__init__()
-        self.parameters = parameters
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.kept: dict[int, int] = {}
-        self.copied: set[int] = set()
-        self.sizes: dict[int, int] = {}  # of all that was made
-        self.passes = {False: [0, 0, 0], True: [0, 0, 0]}  # peak, traffic, calls; by whether it is backward
-        self.back = False
-        self._paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self._paused:
-            return out
-        given = [z for z in tree_leaves((args, kwargs)) if isinstance(z, Tensor)]
-        made = [z for z in tree_leaves(out) if isinstance(z, Tensor)]
-        known, name = {_key(z) for z in given}, func._schema.name.partition("::")[2]
-        fresh = [z for z in made if _key(z) not in known]
-        for z in fresh:
-            key, storage = _key(z), z.untyped_storage()
-            self.live.setdefault(key, (StorageWeakRef(storage), storage.nbytes()))
-            self.sizes[key] = storage.nbytes()
-            if name == "_to_copy" and known & self.parameters:
-                self.copied.add(key)
-        changed = func._schema.is_mutable or fresh
-        if changed and not name.startswith(FREE):
-            self._count(name, given, made)
-        return out
-
-    def _count(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        counts = self.passes[self.back]
-        self.live = {key: (ref, size) for key, (ref, size) in self.live.items() if not ref.expired()}
-        counts[0] = max(counts[0], sum(size for _, size in self.live.values()))
-        counts[2] += 1
-        if not any(word in name for word in PRODUCTS):
-            counts[1] += sum(z.numel() * z.element_size() for z in [*given, *made])
-
-    def profile(self, entry: int = 0, tables: Collection[int] = (), back: bool = False) -> Profile:
-        """What was seen; also in the backward pass, which has ended, where ``back``."""
-        kept = {key: size for key, size in self.kept.items() if key not in tables}
-        inside = sum(size for key, size in self.sizes.items() if key in kept or key in tables)
-        (peak, traffic, calls), (high, back_traffic, back_calls) = self.passes[False], self.passes[True]
-        self.back = True
-        return Profile(
-            entry=entry,
-            saved=sum(kept.values()),
-            copies=sum(size for key, size in kept.items() if key in self.copied),
-            forward=max(0, peak - inside),
-            backward=max(0, high - inside) if back else sum(kept.values()),
-            traffic=traffic,
-            back_traffic=back_traffic if back else 2 * traffic,
-            calls=calls,
-            back_calls=back_calls if back else 2 * calls,
-        )
-
-
 def _by_muon(model: LanguageModel) -> frozenset[str]:
     groups = parameter_groups(model, OptimSettings(name="muon"))
     chosen = {id(p) for group in groups if group["kind"] == "muon" for p in group["params"]}
     return frozenset(name for name, p in model.named_parameters() if id(p) in chosen)
-
-
-def _key(z: Tensor) -> int:
-    return z.untyped_storage()._cdata
 
 
 def _costs(mixer: nn.Module, length: int) -> tuple[float, ...]:
