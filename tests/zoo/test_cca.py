@@ -179,7 +179,7 @@ def test_cca_without_taps_keeps_the_mean() -> None:
     q, k = torch.randn(1, H, T, d).double(), torch.randn(1, G, T, d).double()
     call = type("Call", (), {})()
     call.impl, call.line = "auto", type("Line", (), {"doc": None, "order": torch.arange(T)[None]})()
-    call.mem = type("Mem", (), {"cache": None})()
+    call.mem = type("Mem", (), {"cache": None, "alone": True})()
     call.mem.tail = lambda name, z, n: torch.nn.functional.pad(z, (0, 0, n, 0))
     new_q, new_k, _ = mixer.refine[0](q, k, k, call)
     same(new_q[0, 3], (q[0, 3] + k[0, 1]) / 2)
