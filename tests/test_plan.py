@@ -193,3 +193,17 @@ def test_what_cannot_be_counted_is_refused() -> None:
         memory(job("efficient_dlm"), Setup())
     with pytest.raises(ValueError, match=r"context_parallel"):
         memory(job("mtla"), Setup(2, "fsdp", context=2))
+
+
+def test_a_wide_block_at_work_sets_the_peak_where_the_vocabulary_is_small() -> None:
+    options = {"layout": "mha", **SIZES, "vocab_size": 16, "mlp_hidden": 1024}
+    torch.manual_seed(0)
+    model = attnzoo.create_model(**options)
+    tokens = torch.randint(16, (ROWS, LENGTH))
+
+    def run() -> None:
+        cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="sum").backward()
+
+    run()
+    found = memory(Job(options, LENGTH, bf16=False, gpu=False), Setup(rows=ROWS))
+    assert peak_of(run) == pytest.approx(found.activations + found.copies + found.peak, rel=0.05)
