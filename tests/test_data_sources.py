@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from attnzoo.data import Corpus, build_data
 from attnzoo.data.config import READ_BY, DataConfig
+from attnzoo.data.mix import MixConfig
 
 TEXTS = [f"text {i}: " + "the quick brown fox\n" * (i % 4 + 1) + "jumps, naïve 🙂" for i in range(12)]
 BYTES = {"name": "bytes"}
@@ -125,12 +126,16 @@ def test_configs_say_what_the_code_would_do():
     """Each YAML names the keys that its corpus reads and no other, with the defaults of the code."""
     configs = Path(__file__).parents[1] / "configs"
     with hydra.initialize_config_dir(str(configs), version_base=None):
-        for name in ("stdlib", "text", "hf"):
+        for name in ("stdlib", "text", "hf", "tokens", "stream"):
             values = OmegaConf.to_container(hydra.compose(f"data/{name}"))["data"]
             ignored = {key for key, readers in READ_BY.items() if name not in readers} - {"path"}
             assert set(values) == {field.name for field in dataclasses.fields(DataConfig)} - ignored
             values["path"] = None if name == "stdlib" else "x"
             assert DataConfig(**values) == DataConfig(name=name, path=values["path"])
+        values = OmegaConf.to_container(hydra.compose("data/mix"))["data"]
+        fields = {field.name: field.default for field in dataclasses.fields(MixConfig)} | {"sources": {}}
+        del fields["shares"]  # which the weights say
+        assert values == {"name": "mix", **fields}
         for name, given in (("bytes", {}), ("bpe", {"vocab_size": 2048}), ("saved", {"path": None})):
             assert OmegaConf.to_container(hydra.compose(f"tokenizer/{name}"))["tokenizer"] == {
                 "name": name,
