@@ -1,19 +1,26 @@
-"""Sweeps on a real SLURM: `scripts/local_slurm.sh` starts one; without one these tests are skipped."""
+"""Sweeps and runs on a real SLURM: `scripts/local_slurm.sh` starts one; without one they are skipped."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from attnzoo.cluster import jobs as cluster
 from attnzoo.sweep import commands, slurm
 from attnzoo.sweep.state import locked, read_outcome
-from runs import train
-from sweeps import check_two_ranks, manifest, statuses, steps, sweep, tiny, until
+from attnzoo.train.checkpoint import read_checkpoint
+from runs import metrics, overrides, train
+from sweeps import PATIENCE, check_two_ranks, manifest, statuses, steps, sweep, tiny, until
 
 LONG = 300  # steps: some seconds, in which to be interrupted
 HERE = (
@@ -53,12 +60,62 @@ def jobs(folder: Path) -> dict[str, str]:
     return json.loads((folder / "runs" / "s" / "jobs.json").read_text())
 
 
-def hurry(folder: Path) -> None:
+def hurry(*waiting: str) -> None:
     """Start what was requeued now: SLURM would wait two minutes."""
-    for job in jobs(folder).values():
+    for job in waiting:
         subprocess.run(
             ["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False
         )
+
+
+def about(job: str) -> str:
+    """What SLURM still knows of a job."""
+    return subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def shell(folder: Path, *arguments: str) -> tuple[int, str]:
+    """`attnzoo` in ``folder``: its exit code, and what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "attnzoo.cli", *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return done.returncode, done.stdout
+
+
+def srun(folder: Path, tasks: int, *command: str) -> subprocess.CompletedProcess:
+    """Run the tasks of a job and wait for them."""
+    return subprocess.run(
+        ["srun", f"--ntasks={tasks}", "--cpus-per-task=1", *command],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def logged(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl so far."""
+    return metrics(folder) if (folder / "metrics.jsonl").exists() else []
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equal to the last bit, however nested."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    else:
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_a_failed_job_stops_no_other(tmp_path: Path) -> None:
@@ -95,7 +152,7 @@ def test_a_requeued_job_goes_on_at_the_next_step(tmp_path: Path) -> None:
     until(lambda: slurm.active(manifest(tmp_path)).get(cell.id) == "PENDING")
     assert commands.states_now(manifest(tmp_path))[cell.id].status == "queued"
     assert "0 cells" in sweep(tmp_path, "resume", "s")[1]  # it has a job
-    hurry(tmp_path)
+    hurry(*jobs(tmp_path).values())
     until(lambda: read_outcome(manifest(tmp_path), cell).status == "done")
     assert statuses(tmp_path) == ["done"] and read_outcome(manifest(tmp_path), cell).attempts == 2
     assert steps(tmp_path, cell) == list(range(1, LONG + 1))
@@ -116,6 +173,83 @@ def test_a_cancelled_sweep_goes_on_when_resumed(tmp_path: Path) -> None:
     assert (manifest(tmp_path).run_folder(first) / "summary.json").stat().st_mtime_ns == done
     for cell in (second, third):
         assert steps(tmp_path, cell) == list(range(1, LONG + 1))
+
+
+def test_a_run_as_a_job_goes_on_bitwise_after_a_signal(tmp_path: Path) -> None:
+    """SIGUSR1 stops it with a checkpoint, the job requeues itself once, and nothing shows it afterwards."""
+    folder, options = tmp_path / "run", (f"trainer.max_steps={LONG}", "optim.name=muon")
+    code, out = shell(tmp_path, "train", *overrides(tmp_path, *HERE, *options, f"hydra.run.dir={folder}"))
+    assert code == 0 and "tail -F run/slurm/" in out, out
+    job = re.match(r"job (\d+): run folder run\n", out)[1]
+    try:
+        until(lambda: len(logged(folder)) > 3)
+        subprocess.run(["scancel", "--signal=USR1", job], check=True)
+        until(lambda: cluster.queued([job]).get(job) == "PENDING")
+        stopped = json.loads((folder / "summary.json").read_text())
+        assert stopped["status"] == "stopped" and stopped["stopped_by"] == "SIGUSR1"
+        assert 3 < stopped["steps"] < LONG
+        hurry(job)
+        until(lambda: job not in cluster.queued([job]))
+    finally:
+        subprocess.run(["scancel", job], check=False, capture_output=True)
+    assert "Restarts=1" in about(job) and "ExitCode=0:0" in about(job)
+    assert [line["step"] for line in logged(folder)] == list(range(1, LONG + 1))
+    train(tmp_path, *options, name="alone")
+    alone = logged(tmp_path / "alone")
+    for key in ("train_loss", "grad_norm"):
+        assert [line[key] for line in logged(folder)] == [line[key] for line in alone]
+    once, twice = (read_checkpoint(path) for path in (tmp_path / "alone", folder))
+    assert_same(once["model"], twice["model"])
+    assert_same(once["optimizer"], twice["optimizer"])
+
+
+def test_a_job_that_fails_has_the_code_of_its_run(tmp_path: Path) -> None:
+    options = (*HERE, "optim.lr=1e9", f"hydra.run.dir={tmp_path / 'run'}", "--wait")
+    code, out = shell(tmp_path, "train", *overrides(tmp_path, *options))
+    assert code == 1 and out.count("is not finite") == 1, out
+    assert "ExitCode=1:0" in about(re.match(r"job (\d+)", out)[1])
+
+
+def test_tasks_of_srun_are_ranks(tmp_path: Path) -> None:
+    """Plain srun, without submitit: two tasks, one run, and its exit code."""
+    command = [sys.executable, "-m", "attnzoo.cli", "train"]
+    options = overrides(tmp_path, "data.isolate=true", "launcher.accelerator=cpu")
+    run = (*options, f"hydra.run.dir={tmp_path / 'run'}")
+    done = srun(tmp_path, 2, *command, *run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder: ") == 1
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+    done = srun(tmp_path, 2, *command, *options, "launcher.devices=3")
+    assert done.returncode == 2
+    assert done.stderr.count("launcher.devices: torchrun or srun has started 2 processes") == 1, done.stderr
+
+
+def test_a_plain_script_requeues_itself(tmp_path: Path) -> None:
+    """scripts/cluster/train.sbatch: a time limit's signal, a requeue, and the run's end."""
+    script = Path(__file__).parents[1] / "scripts" / "cluster" / "train.sbatch"
+    folder = tmp_path / "run"
+    options = overrides(tmp_path, f"trainer.max_steps={LONG}", "launcher.accelerator=cpu")
+    resources = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=30")
+    asked = subprocess.run(
+        ["sbatch", "--parsable", *resources, f"--output={tmp_path / 'log'}", str(script), *options],
+        cwd=tmp_path,
+        env=environment() | {"RUN": str(folder), "ATTNZOO": f"{sys.executable} -m attnzoo.cli"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    job = asked.stdout.strip()
+    try:
+        until(lambda: len(logged(folder)) > 3)
+        subprocess.run(["scancel", "--signal=USR1", job], check=True)
+        until(lambda: cluster.queued([job]).get(job) == "PENDING")
+        hurry(job)
+        until(lambda: job not in cluster.queued([job]))
+    finally:
+        subprocess.run(["scancel", job], check=False, capture_output=True)
+    assert "Restarts=1" in about(job), about(job)
+    assert "ExitCode=0:0" in about(job), (tmp_path / "log").read_text()
+    assert [line["step"] for line in logged(folder)] == list(range(1, LONG + 1))
 
 
 def test_two_tasks_are_one_run(tmp_path: Path) -> None:

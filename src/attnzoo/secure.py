@@ -79,7 +79,7 @@ def build(node: Any, kind: type, field: str, allow: tuple[str, ...] = ()) -> Any
 
 
 def _argument(value: Any, field: str, allow: tuple[str, ...]) -> Any:
-    """A value as it is. Objects inside come from the user's own packages only: torch's classes read pickles."""
+    """A value as it is. Objects inside are of the user's own packages: torch has classes that read pickles."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             if not isinstance(value["_target_"], str):
@@ -95,7 +95,8 @@ def _argument(value: Any, field: str, allow: tuple[str, ...]) -> Any:
 def _resolve(target: str, packages: tuple[str, ...], field: str) -> type:
     """The class of that name: an attribute of a module, both inside the allowed packages."""
     way = f"add its package by allow_targets=[...] on the command line, or {VARIABLE}, if you trust it"
-    refused = ValueError(f"{field}: {target!r} is not inside {', '.join(packages) or 'what is allowed'}; {way}")
+    inside = ", ".join(packages) or "what the user allows"
+    refused = ValueError(f"{field}: {target!r} is not inside {inside}; {way}")
     module, _, name = target.rpartition(".")
     if not _DOTTED.fullmatch(target) or not _inside(target, packages) or not module:
         raise refused
@@ -105,7 +106,7 @@ def _resolve(target: str, packages: tuple[str, ...], field: str) -> type:
     except (ImportError, AttributeError):
         raise ValueError(f"{field}: there is no class {target!r}; give package.module.Class") from None
     if not isinstance(found, type) or not _inside(found.__module__, packages):
-        raise ValueError(f"{field}: {target!r} is no class of {', '.join(packages)}; {way}")
+        raise ValueError(f"{field}: {target!r} is no class of {inside}; {way}")
     return found
 
 
