@@ -142,11 +142,23 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise ValueError
         cells = tuple(as_cell(cell) for cell in content.pop("cells"))
         content["command"] = tuple(content["command"])
-        return Manifest(folder=Path(folder), cells=cells, **content)
+        manifest = Manifest(folder=Path(folder), cells=cells, **content)
     except FileNotFoundError:
         raise ValueError(f"sweep: {str(folder)!r} holds no {FILE}; give the folder of a sweep") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"sweep: {str(file)!r} is damaged or not of format {FORMAT}") from None
+    _check_names(manifest)
+    return manifest
+
+
+def _check_names(manifest: Manifest) -> None:
+    """A sweep from elsewhere must not write outside its folder: its names become parts of paths."""
+    names = [manifest.name, *(cell.id for cell in manifest.cells)]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"sweep: names in {FILE} must be letters, digits and ._-, got {name!r}")
+    if len(set(names[1:])) < len(names) - 1:
+        raise ValueError(f"sweep: cells in {FILE} must have names of their own, got one twice")
 
 
 def as_cell(content: Mapping[str, Any]) -> Cell:
