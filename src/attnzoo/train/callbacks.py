@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from attnzoo.signals import Request
 from attnzoo.train.draws import gather_draw_states, restore_draw_states
-from attnzoo.train.guard import RunFailed
+from attnzoo.train.guard import RunFailed, check_finite
 from attnzoo.train.module import LanguageModule
 from attnzoo.train.store import FOLDER, save_checkpoint
 from attnzoo.train.writer import Writer, to_cpu
@@ -68,7 +68,12 @@ class Checkpoint(Callback):
         if self._writer.background:
             content = to_cpu(content)
         folder, step = Path(trainer.default_root_dir) / FOLDER, module.progress.step
-        self._writer.start(lambda: save_checkpoint(folder, step, content, self.keep, self.keep_every))
+
+        def work() -> None:
+            check_finite(content, step)
+            save_checkpoint(folder, step, content, self.keep, self.keep_every)
+
+        self._writer.start(work)
 
     def _settle(self, trainer: Trainer, module: LanguageModule) -> None:
         """Wait for what is being written; all ranks fail together, so that none waits for another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,19 @@ def find_culprit(model: nn.Module, forward: Callable[[], Any]) -> str:
         name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
     ]
     return f"the gradient of {gradients[-1]}" if gradients else "the loss"
+
+
+def check_finite(content: Mapping[str, Any], step: int) -> None:
+    """Raise a RunFailed where a checkpoint would hold weights or optimiser states that are not finite."""
+    tensors = {f"the weights of {name}": value for name, value in content["model"].items()}
+    for name, state in content["optimizer"].items():
+        tensors |= {f"the optimiser's {key} of {name}": value for key, value in state.items()}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise RunFailed(
+                f"step {step}: {name} are not finite, so no checkpoint is written; go on from the one before "
+                "with ckpt_path: if it comes again try a smaller optim.lr, if not suspect the memory"
+            )
 
 
 @contextmanager
