@@ -79,7 +79,7 @@ def build(node: Any, kind: type, field: str, allow: tuple[str, ...] = ()) -> Any
 
 
 def _argument(value: Any, field: str, allow: tuple[str, ...]) -> Any:
-    """A value as it is. Objects inside are of the user's own packages: torch has classes that read pickles."""
+    """A value as it is. Objects inside are of the user's own packages: some of torch's read pickles."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             if not isinstance(value["_target_"], str):
