@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from attnzoo import create_model
 from attnzoo.cost import Cost
 from attnzoo.model import LanguageModel
+from attnzoo.model.undrawn import Undrawn
 from attnzoo.train.objective import objective_of
 from attnzoo.train.prepare import model_options
 from attnzoo.train.settings import nearest
@@ -50,18 +49,6 @@ def cost_of(config: Mapping[str, Any], vocab_size: int = 1) -> Cost:
     return _build(config, vocab_size).cost(config["data"]["seq_len"])
 
 
-class _Undrawn(TorchFunctionMode):
-    """Initial weights are not drawn, which is most of the time that a model without storage takes."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, torch.Tensor.normal_, nn.init.uniform_, torch.Tensor.uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def _build(config: Mapping[str, Any], vocab_size: int) -> LanguageModel:
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), Undrawn():
         return create_model(**model_options(config, vocab_size))

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from attnzoo import Context, create_model
 from attnzoo.model import LanguageModel
+from attnzoo.model.undrawn import Undrawn
 from attnzoo.parallel.context import Span, check_spans
 from attnzoo.parallel.plan import split_heads
 from attnzoo.parallel.shard import entangled
@@ -86,7 +87,7 @@ class Subject:
         self, options: Mapping[str, Any], tensor: int = 1, bf16: bool = True, gpu: bool = True
     ) -> None:
         self.mode, self.tally, self.bf16, self.gpu = FakeTensorMode(), Tally(), bf16, gpu
-        with self.mode, undrawn():
+        with self.mode, Undrawn():
             self.model = create_model(**options)
             if self.model.objective is not None:
                 raise ValueError(
@@ -125,18 +126,6 @@ class Subject:
                     f"model.layout: {self.model.config['layout']!r} looks at its data while it runs, so its "
                     "memory cannot be counted without data; measure a run of a few steps instead"
                 ) from None
-
-
-class undrawn(TorchFunctionMode):
-    """Initial weights are not drawn, which is most of the time that a model without storage takes."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, Tensor.normal_, nn.init.uniform_, Tensor.uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 class _AsGpu(TorchFunctionMode):
