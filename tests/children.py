@@ -171,6 +171,10 @@ def _child(
         os.dup2(file, number)
         os.close(file)
     os.environ.update(env)
+    if "RANK" in env:  # Lightning reads it when it is imported, which the server has done
+        from lightning.pytorch.utilities import rank_zero_only
+
+        rank_zero_only.rank = int(env["RANK"])
     os.chdir(cwd)
     function(*args)
 
