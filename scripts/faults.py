@@ -28,7 +28,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for kill in kill_again(Path(folder), options.kills, options.seed):
             phases[f"{kill.phase} {kill.moment}".strip()] += 1
-            print(f"{kill.number:4} {kill.phase:10} {kill.moment:8} step {kill.step:4}, left {kill.left}", flush=True)
+            print(
+                f"{kill.number:4} {kill.phase:10} {kill.moment:8} step {kill.step:4}, left {kill.left}",
+                flush=True,
+            )
         different = compare(Path(folder))
     for phase, number in sorted(phases.items()):
         print(f"{phase:20} {number:4} kills")

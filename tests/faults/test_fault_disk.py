@@ -35,9 +35,7 @@ def test_a_token_cache_that_finds_no_room(tmp_path: Path) -> None:
 def test_a_run_folder_that_finds_no_room(tmp_path: Path) -> None:
     train(tmp_path, name="first")  # the cache is there
     disk = tmp_path / "disk"
-    ended = run_child(
-        on_small_disk, disk, 65536, train_command(tmp_path, name="disk/run"), cwd=tmp_path
-    )
+    ended = run_child(on_small_disk, disk, 65536, train_command(tmp_path, name="disk/run"), cwd=tmp_path)
     line = one_line(ended.stderr)
     assert ended.returncode == 1 and "disk is full" in line and "make room" in line, line
 

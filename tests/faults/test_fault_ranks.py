@@ -46,7 +46,12 @@ def trains(fault: str, victim: int, arguments: list[str]) -> None:
     ],
 )
 def test_a_rank(tmp_path: Path, fault: str, victim: int, words: str) -> None:
-    options = ("launcher.devices=2", "launcher.strategy=ddp", "launcher.accelerator=cpu", "launcher.timeout=6")
+    options = (
+        "launcher.devices=2",
+        "launcher.strategy=ddp",
+        "launcher.accelerator=cpu",
+        "launcher.timeout=6",
+    )
     arguments = train_command(tmp_path, *options, "callbacks.checkpoint.every=2", "trainer.max_steps=20")
     ranks = start_ranks(trains, fault, victim, arguments, cwd=tmp_path)
     other = ranks[1 - victim]
