@@ -2,7 +2,7 @@
 
     python scripts/faults.py --kills 50
 
-prints every kill, a summary by phase, and exits with 1 where a weight, an optimiser state or a report differs.
+prints every kill and a summary by phase; exits with 1 where a weight, optimiser state or report differs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Faults, and how they are injected into children of the tests.
 
-    kill -9           test_fault_kills    at a point of a named phase, drawn by seed; `scripts/faults.py` for many
+    kill -9           test_fault_kills    in a named phase, drawn by seed; `scripts/faults.py` for many
     disk full         test_fault_disk     a tmpfs of a few kilobytes, else a limit on the size of files
     read-only folder  test_fault_disk     a read-only tmpfs, else permissions of an unprivileged user
     damaged files     test_fault_damage   truncated and flipped checkpoints, shards and token caches
@@ -9,7 +9,7 @@
     ranks             test_fault_ranks    one dies, one hangs, one fails by itself, the first one dies
     clock             test_fault_clock    the wall clock jumps by hours, back and forth
 
-After each: what was finished before the last checkpoint is there, nothing is used that is damaged, and one line
+After each: what the last checkpoint held is there, nothing that is damaged is used, and one line
 says what happened and the way out.
 """
 

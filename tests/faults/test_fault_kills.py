@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from killing import PHASES, compare, kill_again
+
 from runs import metrics
 
 KILLS = 8
