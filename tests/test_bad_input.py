@@ -122,12 +122,16 @@ def test_a_wrong_checkpoint(refused, made: Path, tmp_path: Path) -> None:
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     here = ("half.pt",)
     assert "truncated" in refused("ckpt_path=half.pt", here=here)
-    for field in ("ckpt_path", "init_from"):
+    said = {
+        "ckpt_path": ("a resumed run must not change", "a resumed run must not change: tokenizer is one of 257"),
+        "init_from": ("of another architecture", "its vocabulary is another: 257 tokens"),
+    }
+    for field, (other, vocabulary) in said.items():
         start = f"{field}={made / 'run'}"
         message = refused(start, "attention=mla", here=here)
-        assert f"{field}: of another architecture: layout is 'mha' there and 'mla' here" in message
+        assert f"{field}: {other}: layout is 'mha' there and 'mla' here" in message
         message = refused(start, "tokenizer=bpe", "tokenizer.vocab_size=300", here=here)
-        assert f"{field}: its vocabulary is another: 257 tokens" in message
+        assert f"{field}: {vocabulary}" in message
 
 
 class NoLongerThan(Stage):

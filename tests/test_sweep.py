@@ -26,8 +26,7 @@ from attnzoo.sweep.request import read_request
 from attnzoo.sweep.slots import Slot, ranks_of, share
 from attnzoo.sweep.state import Outcome, locked, read_outcome, state, states, write_outcome
 from attnzoo.sweep.tune import tuned, untuned, with_chosen
-from attnzoo.train.prepare import model_options, prepare
-from runs import compose as configured
+from attnzoo.train.prepare import model_options
 from runs import overrides
 
 
@@ -177,11 +176,6 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_single_run_is_no_job_of_slurm(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="attnzoo sweep launcher=slurm"):
-        prepare(configured(tmp_path, "launcher=slurm"))
-
-
 def test_a_name_that_is_taken_is_refused(planned: Callable[..., Manifest]) -> None:
     write_manifest(planned("name=taken"))
     with pytest.raises(ValueError, match="sweep resume taken"):
@@ -272,6 +266,19 @@ def test_ranks_follow_the_devices() -> None:
         return ranks_of({"launcher": {"num_nodes": 1, "devices": devices}}, gpus)
 
     assert [ranks(1), ranks(2), ranks("auto"), ranks("auto", 4), ranks(-1, 4)] == [1, 2, 1, 4, 4]
+
+
+def test_a_manifest_keeps_no_secret(
+    planned: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    with pytest.raises(ValueError, match=r"trainer\.sample_prompt: holds a secret"):
+        planned("attention=mha,gqa", "trainer.sample_prompt='${oc.env:HF_TOKEN}'")
+    with pytest.raises(ValueError, match=r"logger\.jsonl\.api_key: holds a secret") as error:
+        planned("attention=mha,gqa", "+logger.jsonl.api_key=hunter2hunter2")
+    assert "hunter2" not in str(error.value)
+    manifest = planned("attention=mha,gqa", "+logger.jsonl.api_key='${oc.env:HF_TOKEN}'")
+    assert "hf_abc" not in repr(manifest)
 
 
 @pytest.fixture

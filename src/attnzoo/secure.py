@@ -129,6 +129,18 @@ def redact(value: Any, key: str = "") -> Any:
     return HIDDEN if value and is_secret(key) else redact_text(value)
 
 
+def secrets_in(value: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys of a configuration's secrets; what is still to be resolved is none."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from secrets_in(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from secrets_in(inner, key)
+    elif redact(value, key.rpartition(".")[2]) != value and "${" not in value:
+        yield key
+
+
 def redact_text(text: str) -> str:
     """The text without credentials in URLs and secrets of the environment."""
     for secret in _environment_secrets():

@@ -36,7 +36,7 @@ def store_variants() -> None:
 
 def path_part(value: Any) -> str:
     """``${part:...}``: a value as a part of a folder's name, which must not lead elsewhere."""
-    if not re.fullmatch(r"\w[\w.+-]*", str(value)):
+    if not re.fullmatch(r"\w[\w.+-]*|-\d+", str(value)):
         raise ValueError(f"hydra.run.dir: must be made of names without / and blanks, got {value!r}")
     return str(value)
 

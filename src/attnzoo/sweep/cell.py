@@ -25,6 +25,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from attnzoo.cli import INTERRUPTED, report
+from attnzoo.secure import redact_text
 from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, completed, write_outcome
 from attnzoo.train.checkpoint import read_checkpoint
@@ -89,7 +90,7 @@ def _explain(error: Exception) -> str:
         traceback.print_exception(error)
     report(error)
     text = str(error) if isinstance(error, (ValueError, RunFailed)) else f"{type(error).__name__}: {error}"
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
+    return redact_text("; ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def _config(manifest: Manifest, cell: Cell, ckpt_path: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from attnzoo.cli.overrides import order
 from attnzoo.cli.tree import compose, opened, plain_errors
+from attnzoo.secure import secrets_in
 from attnzoo.sweep.manifest import RATE, RUN, SEED, Cell
 from attnzoo.sweep.request import positive
 
@@ -103,7 +104,13 @@ def _cell(axes: Sequence[Axis], point: Sequence[str]) -> Cell:
 def plain(config: Any) -> dict[str, Any]:
     """The resolved configuration; loggers still refer to ``run_dir``, so that a sweep can be moved."""
     resolved = OmegaConf.to_container(config, resolve=True)
-    return resolved | {"logger": OmegaConf.to_container(config.logger, resolve=False)}
+    found = resolved | {"logger": OmegaConf.to_container(config.logger, resolve=False)}
+    for key in secrets_in(found):
+        raise ValueError(
+            f"{key}: holds a secret, which the manifest of a sweep would keep, got ***; "
+            "let the library that needs it read the environment, or give it to a logger as ${oc.env:NAME}"
+        )
+    return found
 
 
 def arm_label(config: Mapping[str, Any], several: Sequence[tuple[Axis, str]]) -> str:
