@@ -123,7 +123,7 @@ def test_a_wrong_checkpoint(refused, made: Path, tmp_path: Path) -> None:
     here = ("half.pt",)
     assert "truncated" in refused("ckpt_path=half.pt", here=here)
     said = {
-        "ckpt_path": ("a resumed run must not change", "a resumed run must not change: tokenizer is one of 257"),
+        "ckpt_path": ("a resumed run must not change", "a resumed run must not change: tokenizer is one of"),
         "init_from": ("of another architecture", "its vocabulary is another: 257 tokens"),
     }
     for field, (other, vocabulary) in said.items():
