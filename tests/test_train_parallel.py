@@ -24,8 +24,8 @@ OPTIONS = {
     "gated_deltanet": ("trainer.checkpoint_activations=true", "attention.chunk_size=8"),
     "mla": ("trainer.checkpoint_activations=true",),
 }
-# ranks, and what tells them how to share; micro-batches have one sample in all, for a loss of balance is one of
-# a micro-batch
+# ranks, and what tells them how to share; micro-batches have one sample in all, for a loss of balance is one
+# of a micro-batch
 LAYOUTS = {
     "ddp": (2, "launcher.strategy=ddp", "trainer.accumulate=2"),
     "fsdp": (2, "launcher.strategy=fsdp", "trainer.accumulate=2"),

@@ -72,7 +72,7 @@ def prepare(config: DictConfig) -> Run:
     launcher = read_launcher(plain)
     if optim.name == "muon" and launcher.tensor_parallel > 1:
         raise ValueError(
-            "optim.name: muon makes whole matrices orthogonal, of which ranks that share heads have parts, got "
+            "optim.name: muon needs whole matrices, of which ranks that share heads have parts, got "
             f"launcher.tensor_parallel={launcher.tensor_parallel}; use adamw, or launcher.strategy=fsdp alone"
         )
     folder, seed, field, start = Path(plain["run_dir"]), plain["seed"], *_starting_point(plain)
