@@ -180,7 +180,8 @@ def _ranks(cell: Cell, folder: Path, name: str, workers: int, kill: Kill | None)
     for other in children if kill else ():
         other.kill_group()
     ended += [other.wait() for other in children] if kill else []
-    if not kill and any(end.returncode for end in ended):
+    failed = [end.returncode not in ((-signal.SIGKILL,) if kill else (0,)) for end in ended]
+    if any(failed):
         raise AssertionError("\n".join(end.stdout[-2000:] + end.stderr[-4000:] for end in ended))
     return [end.returncode for end in ended]
 
@@ -269,7 +270,7 @@ def _arm(folder: Path, kill: Kill) -> None:
 def _arm_write(kill: Kill, store: Any, die: Any) -> None:
     name, replace_, write = f"step-{kill.step:08d}.pt", os.replace, store._Watched.write
     target = {".pt": name, ".sha256": f"{name}.sha256"}.get(kill.moment, kill.moment)
-    written = []
+    write_atomic, written, current = store.write_atomic, [], []
 
     def rename(source: Any, goal: Any) -> None:
         if name in str(goal):
@@ -279,11 +280,15 @@ def _arm_write(kill: Kill, store: Any, die: Any) -> None:
             die()
         replace_(source, goal)
 
+    def atomic(path: Path, *args: Any) -> None:
+        current[:] = [path.name]
+        write_atomic(path, *args)
+
     def pour(self: Any, data: bytes) -> int:
         size = write(self, data)
-        if kill.moment == "bytes" and name in self.file.name and self.file.tell() > 5000:
+        if kill.moment == "bytes" and current == [name] and self.file.tell() > 5000:
             self.file.flush()
             die()
         return size
 
-    os.replace, store._Watched.write = rename, pour
+    os.replace, store._Watched.write, store.write_atomic = rename, pour, atomic
