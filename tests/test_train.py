@@ -215,6 +215,7 @@ def test_a_stop_signal_finishes_the_step_and_saves(tmp_path: Path, number: signa
     handler = signal.getsignal(number)
     interrupt = "+callbacks.interrupt"
     options = (f"{interrupt}._target_={__name__}.Interrupt", f"{interrupt}.number={int(number)}")
+    options += (f"allow_targets=[{__name__}]",)
     _, summary = train(tmp_path, *options)
     assert (summary["status"], summary["steps"]) == ("stopped", 2)
     assert summary["stopped_by"] == number.name

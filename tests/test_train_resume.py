@@ -19,6 +19,7 @@ from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.logger import FileLogger, forget_after
 from runs import metrics, train
 
+ALLOWED = f"allow_targets=[{__name__}]"  # to be named by a configuration
 HALF = ("callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=9")
 EXACT = ("step", "tokens", "train_loss", "lr", "grad_norm")
 
@@ -52,7 +53,7 @@ class Noise(Callback):
         (),
         ("optim=muon", "attention=moh", "trainer.accumulate=2"),
         ("trainer.precision=bf16", "data.isolate=true"),
-        (f"+callbacks.noise._target_={__name__}.Noise", "trainer.val_every=1"),
+        (f"+callbacks.noise._target_={__name__}.Noise", ALLOWED, "trainer.val_every=1"),
     ],
     ids=str,
 )
@@ -177,13 +178,13 @@ class Drawing(Callback):
 
 
 def test_what_others_draw_goes_on(tmp_path: Path) -> None:
-    drawing = f"+callbacks.drawing._target_={__name__}.Drawing"
+    drawing = (f"+callbacks.drawing._target_={__name__}.Drawing", ALLOWED)
     Drawing.drawn.clear()
-    train(tmp_path, drawing, *HALF, name="straight")
+    train(tmp_path, *drawing, *HALF, name="straight")
     straight = list(Drawing.drawn)
     Drawing.drawn.clear()
     half = tmp_path / "straight" / "checkpoints" / "step-00000002.pt"
-    train(tmp_path, drawing, f"ckpt_path={half}", name="resumed")
+    train(tmp_path, *drawing, f"ckpt_path={half}", name="resumed")
     assert len(straight) == 8 and Drawing.drawn == straight[4:]
 
 
