@@ -14,6 +14,10 @@ import random
 import pytest
 import torch
 
+# Read when triton is imported, by whatever test comes first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
