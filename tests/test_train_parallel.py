@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attnzoo
 from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.prepare import prepare
 from children import run_child, start_ranks
@@ -114,6 +115,47 @@ def test_a_run_changes_its_layout_on_the_way(alone: Path, tmp_path: Path) -> Non
     for a, b in zip(metrics(alone / "mla")[2:], metrics(tmp_path / "on" / "mla"), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=CLOSE)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=CLOSE)
+
+
+SHARDED = ("callbacks.checkpoint.sharded=true", "callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=2")
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+@pytest.mark.parametrize("layout", ["fsdp", "sequences, heads", "fsdp, heads"])
+def test_parts_that_ranks_write_are_the_whole(alone: Path, tmp_path: Path, layout: str) -> None:
+    run_ranks(tmp_path, alone, layout, ("mla", "gqa"), *SHARDED)
+    for variant in ("mla", "gqa"):
+        folder = tmp_path / variant / "checkpoints"
+        assert {path.name for path in folder.iterdir()} == {"last", "step-00000002", "step-00000004"}
+        assert_same(alone / variant, tmp_path / variant)
+        model, _ = attnzoo.load(tmp_path / variant)
+        saved = read_checkpoint(folder)["model"]
+        assert all(torch.equal(p, saved[name].to(p)) for name, p in model.state_dict().items())
+    start = tmp_path / "mla" / "checkpoints" / "step-00000002"
+    run_ranks(tmp_path / "on", alone, "sequences", ("mla",), f"ckpt_path={start}", *SHARDED)
+    for a, b in zip(metrics(alone / "mla")[2:], metrics(tmp_path / "on" / "mla"), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=CLOSE)
+
+
+def test_a_folder_of_shards_is_verified(tmp_path: Path) -> None:
+    train(tmp_path, *SHARDED)
+    train(tmp_path, name="file")
+    folder = tmp_path / "run" / "checkpoints"
+    whole, parts = read_checkpoint(tmp_path / "file"), read_checkpoint(folder)
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    shard = folder / "step-00000004" / "rank-00000.pt"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=r"rank-00000\.pt differs from its checksum.*step-00000002"):
+        read_checkpoint(folder)
+    assert read_checkpoint(folder / "step-00000002")["progress"]["step"] == 2
+    (folder / "step-00000002" / "rank-00000.pt").unlink()
+    with pytest.raises(ValueError, match=r"rank-00000\.pt differs"):
+        read_checkpoint(folder / "step-00000002")
+    with pytest.raises(ValueError, match=r"callbacks\.checkpoint\.background"):
+        train(tmp_path, *SHARDED, "callbacks.checkpoint.background=true", name="both")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from attnzoo.parallel.pieces import Block, Shards
+from attnzoo.parallel.pieces import Block, Shards, local_part
 
 if TYPE_CHECKING:
     from attnzoo.parallel.tensor import Share
@@ -34,14 +34,14 @@ class _Shared(NamedTuple):
 
     @property
     def numel(self) -> int:
-        local = _local(self.param)
+        local = local_part(self.param)
         return (
             self.pieces * self.length * (local.numel() // max(local.shape[self.dim], 1) if local.dim() else 1)
         )
 
     def view(self, flat: Tensor) -> Tensor:
         """The rank's piece in a buffer for all of them."""
-        rows = _local(self.param)
+        rows = local_part(self.param)
         rows = rows if rows.dim() == 0 else rows.narrow(self.dim, self.start, self.length)
         return flat.view(self.pieces, *rows.shape)[self.index]
 
@@ -58,7 +58,7 @@ def sync_gradients(model: nn.Module, share: Share) -> None:
     by_kind: dict[tuple[torch.dtype, torch.device], list[_Shared]] = {}
     for param in model.parameters():
         for shared in _shared_rows(param) if param.requires_grad else ():
-            local = _local(param)
+            local = local_part(param)
             by_kind.setdefault((local.dtype, local.device), []).append(shared)
     for (dtype, device), every in by_kind.items():
         for some in _buckets(every):
@@ -84,7 +84,7 @@ def _sum(some: list[_Shared], dtype: torch.dtype, device: torch.device, group: d
 
 
 def _rows(shared: _Shared) -> Tensor:
-    grad = _local(shared.param.grad)
+    grad = local_part(shared.param.grad)
     return grad if grad.dim() == 0 else grad.narrow(shared.dim, shared.start, shared.length)
 
 
@@ -111,7 +111,7 @@ def norm_weight(param: nn.Parameter, ranks: int) -> float | Tensor:
     weights = [b.pieces / ranks for b in shards.blocks]
     if len(set(weights)) == 1:
         return weights[0]
-    local = _local(param)
+    local = local_part(param)
     found = torch.zeros(local.shape[shards.dim], dtype=local.dtype, device=local.device)
     for (start, length, _), weight in zip(_windows(param, shards), weights, strict=True):
         found[start : start + length] = weight
@@ -124,7 +124,7 @@ def _shared_rows(param: nn.Parameter) -> Iterator[_Shared]:
     if shards is None:
         return
     if not shards.blocks:
-        local = _local(param)
+        local = local_part(param)
         yield _Shared(param, 0, 0, local.shape[0] if local.dim() else 1, 1, 0)
         return
     for start, length, block in _windows(param, shards):
@@ -134,16 +134,12 @@ def _shared_rows(param: nn.Parameter) -> Iterator[_Shared]:
 
 def _windows(param: nn.Parameter, shards: Shards) -> Iterator[tuple[int, int, Block]]:
     """First row and length of each block in the local tensor, which may be a window of the rank's part."""
-    local, first, at = _local(param), _offset(param)[shards.dim], 0
+    local, first, at = local_part(param), _offset(param)[shards.dim], 0
     last = first + local.shape[shards.dim]
     for block in shards.blocks:
         start, stop = max(at, first), min(at + block.length, last)
         yield start - first if stop > start else 0, max(stop - start, 0), block
         at += block.length
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _offset(param: Tensor) -> tuple[int, ...]:

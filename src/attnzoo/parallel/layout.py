@@ -62,7 +62,7 @@ class LauncherSettings:
         if self.sharded:
             return Sharded(self.tensor_parallel, wait)
         if self.strategy == "ddp" or (self.strategy == "auto" and (self.devices, self.num_nodes) != (1, 1)):
-            return DDPStrategy(timeout=wait)
+            return DDPStrategy(timeout=wait, gradient_as_bucket_view=True)
         return self.strategy
 
 

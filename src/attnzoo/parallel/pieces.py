@@ -66,6 +66,11 @@ class Shards:
         return full
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 spreads, sharing its memory; another one itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def shards_of(model: nn.Module) -> dict[str, Shards]:
     """By name, of all parameters that have it; tied ones under every name."""
     named = model.named_parameters(remove_duplicate=False)

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from attnzoo.parallel.layout import Layout
+from attnzoo.parallel.pieces import local_part
 from attnzoo.parallel.plan import split_heads
-from attnzoo.parallel.shard import gathered, local, put_marks, read_marks, shard, spread_like
+from attnzoo.parallel.shard import gathered, put_marks, read_marks, shard, spread_like
 from attnzoo.parallel.tensor import Share, assemble, norm_weight, own, sync_gradients
 
 
@@ -64,12 +66,12 @@ class Ranks:
         """This rank's parts of all gradients, complete, sharing their memory."""
         if self.share is not None:
             sync_gradients(model, self.share)
-        return [local(p.grad) for p in model.parameters() if p.grad is not None]
+        return [local_part(p.grad) for p in model.parameters() if p.grad is not None]
 
     def squared_norm(self, model: nn.Module) -> Tensor:
         """This rank's summand of the squared norm of the gradient; the sum over all ranks is the whole."""
         known = [p for p in model.parameters() if p.grad is not None]
-        squares = [norm_weight(p, self.layout.tensor) * local(p.grad).double().square() for p in known]
+        squares = [norm_weight(p, self.layout.tensor) * local_part(p.grad).double().square() for p in known]
         return torch.stack([square.sum() for square in squares]).sum()
 
     def whole(self, tensors: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -86,6 +88,16 @@ class Ranks:
                 full = assemble(full, shards, self.share)
             if self.layout.rank == 0:
                 found[name] = full.cpu() if self.layout.sharded else full
+        return found
+
+    def parts(self, tensors: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """What of `whole` this rank holds, where no rank before it holds the same; without communication."""
+        found = {}
+        for name, tensor in tensors.items():
+            shards = getattr(like.get(name), "shards", None)
+            alone = isinstance(tensor, DTensor) or self.layout.rank < self.layout.tensor
+            if alone and (self.layout.tensor_rank == 0 or (shards is not None and shards.blocks)):
+                found[name] = local_part(tensor.detach())
         return found
 
     def part(self, full: Tensor, like: nn.Parameter) -> Tensor:

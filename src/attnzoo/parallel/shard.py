@@ -75,11 +75,6 @@ def reshard(model: nn.Module) -> None:
             unit.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def gathered(tensor: Tensor) -> Tensor:
     """All parts together, on every rank; a collective call where the tensor is spread."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,10 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from attnzoo.parallel.pieces import shards_of
 from attnzoo.signals import Request
 from attnzoo.train.draws import gather_draw_states, restore_draw_states
 from attnzoo.train.guard import RunFailed, check_finite
 from attnzoo.train.module import LanguageModule
+from attnzoo.train.sharded import save_sharded
 from attnzoo.train.store import FOLDER, save_checkpoint
 from attnzoo.train.writer import Writer, to_cpu
 
@@ -25,6 +27,8 @@ class Checkpoint(Callback):
         keep_every: keep those at multiples of so many steps for good; None for none.
         background: write in a thread while training goes on; a copy of the whole state waits in memory.
             A failure ends the run at the next checkpoint or at the end.
+        sharded: every rank writes the part that it holds, into a folder (`attnzoo.train.sharded`); nothing is
+            gathered on rank 0.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Checkpoint(Callback):
         keep: int = 1,
         keep_every: int | None = None,
         background: bool = False,
+        sharded: bool = False,
     ) -> None:
         for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -40,9 +45,15 @@ class Checkpoint(Callback):
                 raise ValueError(
                     f"callbacks.checkpoint.{name}: must be an integer of at least 1, got {value!r}"
                 )
-        if not isinstance(background, bool):
-            raise ValueError(f"callbacks.checkpoint.background: must be true or false, got {background!r}")
-        self.every, self.keep, self.keep_every = every, keep, keep_every
+        for name, value in (("background", background), ("sharded", sharded)):
+            if not isinstance(value, bool):
+                raise ValueError(f"callbacks.checkpoint.{name}: must be true or false, got {value!r}")
+        if background and sharded:
+            raise ValueError(
+                "callbacks.checkpoint.background: ranks that write their parts wait for each other, got "
+                "sharded=true; set one of them to false"
+            )
+        self.every, self.keep, self.keep_every, self.sharded = every, keep, keep_every, sharded
         self.about: dict[str, Any] = {}  # of the run: data, vocabulary, configuration, versions
         self._writer = Writer(background)
 
@@ -61,13 +72,17 @@ class Checkpoint(Callback):
         self._saved = step
 
     def _save(self, trainer: Trainer, module: LanguageModule) -> None:
-        content = self.about | module.checkpoint() | position(module)
+        content = self.about | module.checkpoint(self.sharded) | position(module)
         content["draws"] = gather_draw_states(trainer.world_size)
+        folder, step = Path(trainer.default_root_dir) / FOLDER, module.progress.step
+        if self.sharded:
+            cuts, layout = shards_of(module.model), module.ranks.layout
+            save_sharded(folder, step, content, cuts, layout, self.keep, self.keep_every)
+            return
         if not trainer.is_global_zero:
             return
         if self._writer.background:
             content = to_cpu(content)
-        folder, step = Path(trainer.default_root_dir) / FOLDER, module.progress.step
 
         def work() -> None:
             check_finite(content, step)

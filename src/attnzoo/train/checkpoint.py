@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attnzoo.train.export import is_export, read_export
+from attnzoo.train.sharded import is_sharded, read_sharded
 from attnzoo.train.store import FOLDER, FORMAT, LAST, NAME, damage, newest_intact
 
 # format 1 lacks the states of random generators, which no layer of ours needs, and what only informs
@@ -31,7 +32,7 @@ def find_checkpoint(path: str | Path, field: str = "ckpt_path") -> Path:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{field}: {str(pointer)!r} is damaged; {_way_out(pointer, field)}")
             return pointer.parent / name
-    if given.is_file() or is_export(given):
+    if given.is_file() or is_export(given) or is_sharded(given):
         return given
     what = "holds no complete checkpoint" if given.is_dir() else "does not exist"
     raise ValueError(f"{field}: {str(path)!r} {what}; give a run folder or a file of its {FOLDER}/")
@@ -50,8 +51,8 @@ def read_checkpoint(path: str | Path, field: str = "ckpt_path") -> dict[str, Any
     reason = damage(file)
     if reason is None:
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            content = read_sharded(file) if is_sharded(file) else _load(file)
+        except (RuntimeError, EOFError, OSError, KeyError, pickle.UnpicklingError):
             reason = "is truncated or no checkpoint of plain tensors"
     if reason:
         raise ValueError(f"{field}: {str(file)!r} {reason}; {_way_out(file, field)}")
@@ -59,6 +60,10 @@ def read_checkpoint(path: str | Path, field: str = "ckpt_path") -> dict[str, Any
     if not known:
         raise ValueError(f"{field}: {str(file)!r} is not a checkpoint of attnzoo (formats {FORMATS})")
     return content
+
+
+def _load(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _way_out(file: Path, field: str) -> str:

@@ -108,19 +108,23 @@ class LanguageModule(pl.LightningModule):
             self._resume = None
         return self.optimizer
 
-    def checkpoint(self) -> dict[str, Any]:
-        """What a resumed run needs besides its configuration.
+    def checkpoint(self, sharded: bool = False) -> dict[str, Any]:
+        """What a resumed run needs besides its configuration; all ranks call it together.
 
         The learning rate, the samples and all random draws are functions of the seed and the step, so neither
         schedule nor sampler nor generators have a state to keep.
+
+        Args:
+            sharded: with this rank's parts of the tensors, instead of all of them on rank 0.
         """
         params = dict(self.model.named_parameters(remove_duplicate=False))
+        take = self.ranks.parts if sharded else self.ranks.whole
         state = named_state(self.model, self.optimizer)
         return {
-            "model": self.ranks.whole(self.model.state_dict(), params),
+            "model": take(self.model.state_dict(), params),
             "model_config": dict(self.model.config),
             "optimizer": {
-                name: self.ranks.whole(entry, dict.fromkeys(_shaped(entry, params[name]), params[name]))
+                name: take(entry, dict.fromkeys(_shaped(entry, params[name]), params[name]))
                 for name, entry in state.items()
             },
             "progress": vars(self.progress).copy(),

@@ -73,28 +73,37 @@ def save_checkpoint(
     Raises:
         RunFailed: the disk took no complete checkpoint; the earlier ones and `last` are as they were.
     """
-    path, watched = folder / f"step-{step:08d}.pt", _Watched()
-
-    def check(temporary: Path) -> None:
-        if file_sum(temporary, fresh=True) != watched.sum:
-            raise OSError("what was read back is not what was written")
-        sum_file(path).unlink(missing_ok=True)  # of an earlier file of this name
-
+    path = folder / f"step-{step:08d}.pt"
     with saving(folder, step):
-        write_atomic(path, lambda file: _save(content, watched.on(file)), check)
-        line = f"{watched.sum}  {path.name}\n"
+        line = f"{write_checked(path, content)}  {path.name}\n"
         write_atomic(sum_file(path), lambda file: file.write(line.encode()))
         point(path)
         forget(folder, step, keep, keep_every)
     return path
 
 
+def write_checked(path: Path, content: dict[str, Any]) -> str:
+    """Write plain tensors and values, and read the bytes back; returns their SHA-256."""
+    watched = _Watched()
+
+    def check(temporary: Path) -> None:
+        if file_sum(temporary, fresh=True) != watched.sum:
+            raise OSError("what was read back is not what was written")
+        sum_file(path).unlink(missing_ok=True)  # of an earlier file of this name
+
+    write_atomic(path, lambda file: _save(content, watched.on(file)), check)
+    return watched.sum
+
+
 @contextmanager
-def saving(folder: Path, step: int) -> Iterator[None]:
-    """Readies ``folder`` for a checkpoint; what the system refuses becomes a `RunFailed` of one line."""
+def saving(folder: Path, step: int, clean: bool = True) -> Iterator[None]:
+    """Readies ``folder`` for a checkpoint, if ``clean``; what the system refuses becomes a `RunFailed` of one
+    line.
+    """
     try:
-        folder.mkdir(exist_ok=True)
-        _clean(folder)
+        if clean:
+            folder.mkdir(exist_ok=True)
+            _clean(folder)
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
