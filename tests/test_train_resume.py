@@ -199,3 +199,22 @@ def test_init_from_takes_the_weights_only(tmp_path: Path, seen: list[int]) -> No
         assert torch.equal(p, weights[name])
     with pytest.raises(ValueError, match="init_from: excludes ckpt_path"):
         train(tmp_path, "init_from=a", "ckpt_path=b", name="third")
+
+
+def test_another_batch_size_reads_on(tmp_path: Path, seen: list[int]) -> None:
+    train(tmp_path, "trainer.max_steps=3", "callbacks.checkpoint.keep=9")
+    forced = ("data.batch_size=8", f"ckpt_path={tmp_path / 'run'}", "ckpt_force=true")
+    train(tmp_path, *forced, "trainer.max_steps=5", name="wider")
+    assert seen == [*range(12), *range(12, 28)]
+    wider = read_checkpoint(tmp_path / "wider")
+    assert wider["position"]["sample"] == 28 and wider["progress"]["step"] == 5
+    seen.clear()
+    train(tmp_path, "data.batch_size=8", f"ckpt_path={tmp_path / 'wider'}", "trainer.max_steps=6", name="on")
+    assert seen == list(range(28, 36))
+
+
+def test_forced_packs_are_whole(tmp_path: Path) -> None:
+    train(tmp_path, "trainer.max_steps=1", "data.batch_size=2")
+    forced = (f"ckpt_path={tmp_path / 'run'}", "ckpt_force=true")
+    with pytest.raises(ValueError, match=r"data\.pack: the checkpoint is at sample 2 of a pack of 4; use init"):
+        train(tmp_path, *forced, "data.pack=4", name="packs")

@@ -29,7 +29,7 @@ from attnzoo.secure import redact_text
 from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, completed, write_outcome
 from attnzoo.train.checkpoint import read_checkpoint
-from attnzoo.train.folder import write_json
+from attnzoo.train.folder import lacks_summary, write_json
 from attnzoo.train.guard import RunFailed
 from attnzoo.train.prepare import prepare, read_groups
 from attnzoo.train.run import execute
@@ -104,7 +104,7 @@ def _config(manifest: Manifest, cell: Cell, ckpt_path: str | None) -> dict[str, 
 def _starting_point(manifest: Manifest, cell: Cell) -> str | None:
     """What to go on from: the run folder, or, saying so, an older checkpoint where the newest is damaged.
 
-    A run folder without any checkpoint is removed, as is one whose run was at its end.
+    A run folder without any checkpoint is removed, as is one at its end that has too little for a summary.
 
     Raises:
         ValueError: there are checkpoints, and all of them are damaged: a person has to look.
@@ -112,24 +112,27 @@ def _starting_point(manifest: Manifest, cell: Cell) -> str | None:
     folder = manifest.run_folder(cell)
     start, saved = folder, checkpoints(folder / FOLDER)
     try:
-        progress = read_checkpoint(folder)["progress"] if saved else None
+        checkpoint = read_checkpoint(folder) if saved else None
     except ValueError as error:
         start = newest_intact(folder / FOLDER)
         if start is None:
             raise ValueError(f"{error}; remove {str(folder)!r} to train this cell from its start") from error
         print(f"{error}; this cell goes on from there", flush=True)
-        progress = read_checkpoint(start)["progress"]
-    if progress and not _at_end(cell, progress):
+        checkpoint = read_checkpoint(start)
+    if checkpoint and _something_left(cell, folder, checkpoint):
         return str(start)
-    if folder.exists():  # killed before its first checkpoint, or after the last and before its summary
+    if folder.exists():  # killed before its first checkpoint
         shutil.rmtree(folder)
     return None
 
 
-def _at_end(cell: Cell, progress: dict[str, Any]) -> bool:
+def _something_left(cell: Cell, folder: Path, checkpoint: dict[str, Any]) -> bool:
+    """Steps, or, of a run that was killed after its last checkpoint, the summary."""
     trainer, _, data = read_groups(cell.config)
     steps, seconds = trainer.total_steps(data.batch_size * data.seq_len), trainer.max_seconds
-    return bool((steps and progress["step"] >= steps) or (seconds and progress["seconds"] >= seconds))
+    progress = checkpoint["progress"]
+    over = (steps and progress["step"] >= steps) or (seconds and progress["seconds"] >= seconds)
+    return not over or lacks_summary(folder, checkpoint, steps, seconds)
 
 
 def _start_file(manifest: Manifest, cell: Cell) -> Path:

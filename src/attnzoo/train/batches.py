@@ -23,13 +23,14 @@ Batch = dict[str, Tensor | None]
 class CounterBatches(Sampler[list[int]]):
     """Sample counters of one rank's micro-batches, step after step.
 
-    Step ``s`` takes the samples from ``s * batch_size``, cut into ``accumulate * world`` micro-batches; so
-    neither ranks nor accumulation nor workers change which samples a step sees.
+    Step ``s`` takes the samples from ``offset + s * batch_size``, cut into ``accumulate * world``
+    micro-batches; so neither ranks nor accumulation nor workers change which samples a step sees.
 
     Args:
         first, last: the steps to serve, ``last`` excluded; None goes on for ever.
         batch_size: samples per optimiser step, over all ranks and micro-batches.
         accumulate, rank, world: how a step is cut.
+        offset: not 0 after steps of another batch size.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class CounterBatches(Sampler[list[int]]):
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        offset: int = 0,
     ) -> None:
         parts = accumulate * world
         if batch_size % parts:
@@ -48,7 +50,7 @@ class CounterBatches(Sampler[list[int]]):
             )
         self.first, self.last, self.batch_size = first, last, batch_size
         self.size = batch_size // parts  # of one micro-batch of one rank
-        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.accumulate, self.rank, self.world, self.offset = accumulate, rank, world, offset
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = itertools.count(self.first) if self.last is None else range(self.first, self.last)
@@ -57,7 +59,7 @@ class CounterBatches(Sampler[list[int]]):
                 yield list(self._counters(step, micro))
 
     def _counters(self, step: int, micro: int) -> range:
-        start = step * self.batch_size + (micro * self.world + self.rank) * self.size
+        start = self.offset + step * self.batch_size + (micro * self.world + self.rank) * self.size
         return range(start, start + self.size)
 
     def at(self, n: int) -> range:

@@ -117,7 +117,11 @@ def position(module: LanguageModule) -> dict[str, Any]:
             "max_seconds": module.settings.max_seconds,
             "lr": max(group["lr"] for group in module.optimizer.param_groups),
         },
-        "position": {"sample": step * plan.batch_size, "micro": 0, "accumulate": module.settings.accumulate},
+        "position": {
+            "sample": plan.first_sample(step),
+            "micro": 0,
+            "accumulate": module.settings.accumulate,
+        },
         "metrics": module.metrics,
     }
 

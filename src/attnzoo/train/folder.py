@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,28 @@ def check_folder(folder: Path, resume_from: Path | None) -> None:
             f"hydra.run.dir: {str(folder)!r} is already at {newest.stem}; to go back to {resume_from.stem} "
             "give a new folder"
         )
+
+
+def lacks_summary(
+    folder: Path, checkpoint: Mapping[str, Any], total_steps: int | None, max_seconds: float | None
+) -> bool:
+    """Whether ``checkpoint`` is the last one of a run of this length, and ``folder`` does not say it yet.
+
+    It then holds all that the summary needs: its last report, validation included.
+    """
+    progress, metrics = checkpoint["progress"], checkpoint.get("metrics", {})
+    if metrics.get("step") != progress["step"] or "val_loss" not in metrics:
+        return False
+    schedule = checkpoint["schedule"]
+    if (schedule["total_steps"], schedule["max_seconds"]) != (total_steps, max_seconds):
+        return False
+    over = progress["step"] == total_steps or (max_seconds and progress["seconds"] >= max_seconds)
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        summary = {}
+    written = summary.get("status") == "completed" and summary.get("steps") == progress["step"]
+    return bool(over) and not written
 
 
 def versions() -> dict[str, str]:

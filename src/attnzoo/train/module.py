@@ -38,6 +38,7 @@ class Plan:
         batch_size, seq_len: samples per optimiser step over all ranks, tokens per sample.
         total_steps: optimiser steps of the whole run, None where only the clock ends it.
         train_flops: per token, forward and backward, as the chosen implementation runs them.
+        offset: the counter of the first sample, were all steps of this ``batch_size``.
     """
 
     seed: int
@@ -45,6 +46,11 @@ class Plan:
     seq_len: int
     total_steps: int | None
     train_flops: float
+    offset: int = 0
+
+    def first_sample(self, step: int) -> int:
+        """The counter of the first sample of the step after ``step`` steps."""
+        return self.offset + step * self.batch_size
 
     @property
     def tokens_per_step(self) -> int:
@@ -78,7 +84,7 @@ class LanguageModule(pl.LightningModule):
         self.model, self.plan, self.validation, self.ranks = model, plan, validation, ranks
         self.settings, self.optim_settings, self.objective = trainer, optim, objective_of(model)
         self.progress = Progress(**resume["progress"]) if resume else Progress()
-        self.metrics: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = dict(resume.get("metrics", {})) if resume else {}  # of the last report
         self.status = "failed"  # until the run ends in another way
         self.stop_signal = 0  # the signal that asked for an end
         self.meter: Meter | None = None
@@ -135,6 +141,8 @@ class LanguageModule(pl.LightningModule):
         self.meter = Meter(
             self.plan.tokens_per_step, self.plan.train_flops, self.device, self.trainer.world_size
         )
+        if self.fraction == 1.0:  # it was trained, but ended before its summary was written
+            self.status, self.trainer.should_stop = "completed", True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         micro = batch_idx % self.settings.accumulate
@@ -244,7 +252,7 @@ class LanguageModule(pl.LightningModule):
                 with self.autocast():
                     self._loss_terms(batch, micro)
 
-        first, size = self.progress.step * self.plan.batch_size, self.plan.batch_size
+        first, size = self.plan.first_sample(self.progress.step), self.plan.batch_size
         raise RunFailed(
             f"step {self.progress.step + 1}: the {what} is not finite, "
             f"first in {find_culprit(self.model, forward)}; "

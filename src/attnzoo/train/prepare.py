@@ -33,12 +33,13 @@ from attnzoo.train.checkpoint import (
     load_weights,
     read_checkpoint,
 )
-from attnzoo.train.folder import check_folder
+from attnzoo.train.folder import check_folder, lacks_summary
 from attnzoo.train.metrics import Progress
 from attnzoo.train.module import Plan, seed_draws
 from attnzoo.train.objective import objective_of
 from attnzoo.train.optim import check_named_state
 from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
+from attnzoo.train.store import FOLDER
 
 # options that choose how a model computes, not what
 FREE_ON_RESUME = ("impl",)
@@ -88,11 +89,11 @@ def prepare(config: DictConfig) -> Run:
     cost = model.cost(data.seq_len)
     steps = trainer.total_steps(data.batch_size * data.seq_len)
     train_flops = objective_of(model, corpus.labelled).train_flops(model, data.seq_len)[1]
-    plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops)
+    resume = checkpoint if field == "ckpt_path" else None
+    plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops, _offset(data.batch_size, resume))
     if getattr(data, "val_seq_len", None):
         with torch.no_grad():  # layers that look at their data refuse a length now, not when training is over
             model(torch.zeros(1, data.val_seq_len, dtype=torch.long))
-    resume = checkpoint if field == "ckpt_path" else None
     run = Run(plain, folder, trainer, optim, launcher, corpus, model, cost, plan, resume)
     if resume:
         _check_same(run)
@@ -209,10 +210,28 @@ def _check_same(run: Run) -> None:
         print(f"ckpt_force: going on although {'; '.join(changed)}", flush=True)
 
 
+def _offset(batch_size: int, resume: Mapping[str, Any] | None) -> int:
+    """Where samples are counted from, so that none is repeated or left out after steps of another size."""
+    if resume is None:
+        return 0
+    step = resume["progress"]["step"]
+    position = resume.get("position", {"sample": step * resume["identity"]["data.batch_size"]})
+    return position["sample"] - step * batch_size
+
+
 def _check_resume(run: Run) -> None:
-    """The optimiser must be of the same kind, and something must be left to do."""
+    """The optimiser must be of the same kind, and something must be left to do: steps, or the summary."""
     check_named_state(run.model, run.optim, run.resume["optimizer"])
-    done = Progress(**run.resume["progress"])
+    done, pack = Progress(**run.resume["progress"]), run.corpus.pack
+    if seen := run.plan.first_sample(done.step) % pack:
+        raise ValueError(
+            f"data.pack: the checkpoint is at sample {seen} of a pack of {pack}; use init_from, which starts "
+            "with the first sample"
+        )
+    own = find_checkpoint(run.config["ckpt_path"]).parent.resolve() == (run.folder / FOLDER).resolve()
+    same = differences(run.resume["identity"], identity(run)) == []
+    if own and same and lacks_summary(run.folder, run.resume, run.plan.total_steps, run.trainer.max_seconds):
+        return
     for field, before, limit in (
         ("max_steps", done.step, run.plan.total_steps),
         ("max_time", done.seconds, run.trainer.max_seconds),

@@ -57,6 +57,7 @@ def execute(run: Run) -> dict[str, Any]:
         run.trainer.accumulate,
         layout.data_rank,
         layout.data,
+        run.plan.offset,
     )
     if batches.size % run.corpus.pack:
         raise ValueError(
@@ -186,7 +187,8 @@ def _close_folder(run: Run, trainer: pl.Trainer, module: LanguageModule, **more:
         "val_bpb": last.get("val_bpb"),
         "val_accuracy": last.get("val_accuracy"),
         "val_loss_by_position": last.get("val_loss_by_position"),
-        "tokens_per_second": module.meter.tokens_per_second() if module.meter else None,
+        "tokens_per_second": (module.meter and module.meter.tokens_per_second())
+        or last.get("tokens_per_second"),
         "seconds": module.progress.seconds,
         "mfu": last.get("mfu"),
         "peak_memory_bytes": peak_memory(trainer.strategy.root_device),
