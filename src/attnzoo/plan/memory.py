@@ -25,7 +25,7 @@ class Memory:
 
     Args:
         parameters, gradients, optimiser: this rank's share.
-        buffers: parameters and gradients of blocks that are whole for a while (FSDP), or the buckets of DDP.
+        buffers: parameters and gradients of blocks that are whole for a while (FSDP).
         copies: weights in bf16 that autograd keeps.
         activations: kept for the backward pass, tables of the forward included.
         peak: what else lives when most does: logits and their gradient, or a block at work.
@@ -118,9 +118,8 @@ def units(traced: Traced) -> tuple[list[int], int]:
 def buffers(traced: Traced, setup: Setup) -> float:
     """FSDP: the rest's parameters and gradients, and those of two blocks, the one at work and the next.
 
-    DDP: gradients have a copy in the buckets that are reduced.
+    DDP: none, for its gradients lie in the buckets that are reduced.
     """
     blocks, rest = units(traced)
-    if setup.strategy == "fsdp":
-        return FP32 * 2 * (rest + 2 * max(blocks, default=0)) if setup.shards > 1 else 0.0
-    return FP32 * (sum(blocks) + rest) if setup.gpus > 1 else 0.0
+    spread = setup.strategy == "fsdp" and setup.shards > 1
+    return FP32 * 2 * (rest + 2 * max(blocks, default=0)) if spread else 0.0
