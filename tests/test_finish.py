@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from runs import metrics, overrides, train
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "versions")
 MOMENTS = ("settled", "closing", "decoding", "naming")
-RAISE = r"trainer\.max_steps: the checkpoint is at 4, got 4; raise it"
+RAISED = "trainer.max_steps: the checkpoint is at 4, got 4; raise it"
 
 
 def arm(moment: str) -> None:
@@ -63,6 +65,12 @@ def goes_on(folder: Path, *options: str) -> None:
     train(folder, *options, f"ckpt_path={folder / 'run'}")
 
 
+def commands(*arguments: str) -> None:
+    from attnzoo.cli import main
+
+    sys.exit(main(list(arguments)))
+
+
 def trains_cell(folder: str, cell: str, moment: str) -> None:
     arm(moment)
     raise SystemExit(cell_process.main([folder, cell]))
@@ -100,7 +108,7 @@ def test_a_trained_run_is_only_closed(tmp_path: Path, undisturbed: Path, moment:
     assert content["seconds"] == last["seconds"] and content["tokens_per_second"] == last["tokens_per_second"]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert (tmp_path / "run" / "checkpoints" / "step-00000004.pt").read_bytes() == weights
-    with pytest.raises(ValueError, match=RAISE):
+    with pytest.raises(ValueError, match=re.escape(RAISED)):
         train(tmp_path, f"ckpt_path={tmp_path / 'run'}")
 
 
@@ -130,13 +138,13 @@ def test_what_is_missing_is_the_end_of_the_same_run_only(tmp_path: Path) -> None
     straight = summary(tmp_path / "run")
     file.unlink()
     raised = r"trainer\.max_steps: the checkpoint is at 2, got {}; raise it"
-    with pytest.raises(ValueError, match=raised.format(2)):  # another folder
-        train(tmp_path, *options, resume, name="other")
     with pytest.raises(ValueError, match=raised.format(1)):  # another length
         train(tmp_path, options[1], "trainer.max_steps=1", resume)
     with pytest.raises(ValueError, match=raised.format(2)):  # other samples, of which no validation is known
         train(tmp_path, *options, resume, "data.max_documents=30", "ckpt_force=true")
     assert not file.exists()
+    train(tmp_path, *options, resume, name="other")  # it belongs to the run that it is of
+    assert summary(tmp_path / "run") == straight and not (tmp_path / "other").exists()
     # of a run that was made longer after it had completed, and of one whose end failed
     for left in (straight | {"steps": 1}, straight | {"status": "failed"}):
         file.write_text(json.dumps(left))
@@ -153,6 +161,21 @@ def test_a_clock_that_ran_out_is_an_end(tmp_path: Path) -> None:
     assert summary(tmp_path / "run") == straight and straight["steps"] == steps
     with pytest.raises(ValueError, match=r"trainer\.max_time: .*raise it"):
         train(tmp_path, *options, f"ckpt_path={tmp_path / 'run'}")
+
+
+@pytest.mark.multi
+def test_the_command_closes_the_run_where_it_is(tmp_path: Path) -> None:
+    train(tmp_path, "trainer.decode_tokens=0")
+    (tmp_path / "run" / "summary.json").unlink()
+    command = ["train", *overrides(tmp_path), "trainer.decode_tokens=0", "ckpt_path=run"]
+    ended = run_child(commands, *command, cwd=tmp_path)
+    assert ended.returncode == 0 and "run folder: run" in ended.stdout.splitlines(), (
+        ended.stdout + ended.stderr
+    )
+    assert summary(tmp_path / "run")["status"] == "completed"
+    assert len(metrics(tmp_path / "run")) == 4 and not (tmp_path / "runs").exists()
+    ended = run_child(commands, *command, cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stderr == f"error: {RAISED}\n"
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def _train_one(config: DictConfig) -> int:
 
     run = prepare(config)
     summary = execute(run)
+    _remove_empty(Path(config.run_dir))  # where the run was only closed, in its own folder
     lines = [f"run folder: {_short(run.folder)}"]
     if summary["status"] == "stopped":
         lines = [f"stopped at step {summary['steps']}; go on with ckpt_path={_short(run.folder)}"]

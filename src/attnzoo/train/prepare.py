@@ -76,10 +76,19 @@ def prepare(config: DictConfig) -> Run:
             "optim.name: muon needs whole matrices, of which ranks that share heads have parts, got "
             f"launcher.tensor_parallel={launcher.tensor_parallel}; use adamw, or launcher.strategy=fsdp alone"
         )
-    folder, seed, field, start = Path(plain["run_dir"]), plain["seed"], *_starting_point(plain)
+    seed, field, start = plain["seed"], *_starting_point(plain)
+    steps = trainer.total_steps(data.batch_size * data.seq_len)
+    checkpoint = read_checkpoint(start, field) if start else None
+    resume = checkpoint if field == "ckpt_path" else None
+    if resume and (home := _to_close(start, resume, steps, trainer.max_seconds)):
+        # what is missing belongs to that run, not to another folder
+        plain["run_dir"] = str(home)
+        plain["logger"] = OmegaConf.to_container(
+            OmegaConf.merge(config, {"run_dir": str(home)}), resolve=True
+        )["logger"]
+    folder = Path(plain["run_dir"])
     if pl.utilities.rank_zero_only.rank == 0:
         check_folder(folder, find_checkpoint(start) if field == "ckpt_path" else None)
-    checkpoint = read_checkpoint(start, field) if start else None
     plain = _with_architecture(plain, checkpoint)
     # options are checked before the data is read
     _check_model(plain, trainer)
@@ -87,9 +96,7 @@ def prepare(config: DictConfig) -> Run:
     seed_draws(f"{seed}/weights")
     model = create_model(**model_options(plain, corpus.tokenizer.vocab_size))
     cost = model.cost(data.seq_len)
-    steps = trainer.total_steps(data.batch_size * data.seq_len)
     train_flops = objective_of(model, corpus.labelled).train_flops(model, data.seq_len)[1]
-    resume = checkpoint if field == "ckpt_path" else None
     plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops, _offset(data.batch_size, resume))
     if getattr(data, "val_seq_len", None):
         with torch.no_grad():  # layers that look at their data refuse a length now, not when training is over
@@ -217,6 +224,14 @@ def _offset(batch_size: int, resume: Mapping[str, Any] | None) -> int:
     step = resume["progress"]["step"]
     position = resume.get("position", {"sample": step * resume["identity"]["data.batch_size"]})
     return position["sample"] - step * batch_size
+
+
+def _to_close(start: str, resume: Mapping[str, Any], *length: float | None) -> Path | None:
+    """The run folder of the checkpoint ``start``, if it was trained to this length and lacks its summary."""
+    file = find_checkpoint(start)
+    home = file.parent.parent
+    known = file.parent.name == FOLDER and (home / "config.yaml").exists()
+    return home if known and lacks_summary(home, resume, *length) else None
 
 
 def _check_resume(run: Run) -> None:
