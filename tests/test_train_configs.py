@@ -17,6 +17,7 @@ import attnzoo
 from attnzoo.cli import report
 from attnzoo.cli.train import config_folder
 from attnzoo.train.hardware import choose_precision, cpu_has
+from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.train.prepare import model_options, prepare
 from attnzoo.train.run import execute
 from attnzoo.train.settings import DEFAULT_STEPS, OptimSettings, TrainerSettings, read_settings
@@ -31,6 +32,7 @@ SIZES = {
     "125m": (50257, 115, 130),
     "350m": (50257, 330, 370),
     "1b": (50257, 1000, 1200),
+    "7b": (50257, 6000, 7000),
 }
 
 
@@ -56,6 +58,7 @@ def test_the_yaml_names_every_setting() -> None:
     config = tree("optim=muon")
     assert set(config.trainer) == {field.name for field in dataclasses.fields(TrainerSettings)}
     assert set(config.optim) == {field.name for field in dataclasses.fields(OptimSettings)}
+    assert set(config.launcher) == {field.name for field in dataclasses.fields(LauncherSettings)}
     assert TrainerSettings().total_steps(2048) == DEFAULT_STEPS
 
 
