@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 import attnzoo
 from attnzoo.cli import report
 from attnzoo.cli.train import config_folder
-from attnzoo.train.hardware import choose_precision, cpu_has
 from attnzoo.parallel.layout import LauncherSettings
+from attnzoo.train.hardware import choose_precision, cpu_has
 from attnzoo.train.prepare import model_options, prepare
 from attnzoo.train.run import execute
 from attnzoo.train.settings import DEFAULT_STEPS, OptimSettings, TrainerSettings, read_settings
