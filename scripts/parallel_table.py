@@ -47,6 +47,8 @@ the ranks that do not share heads. `trainer.checkpoint_activations=true` goes wi
   `attnzoo plan` counts that. States are handed on from rank to rank within a layer, while the ranks to the
   left are in the next one.
 - Muon needs whole matrices: with FSDP2 they are gathered, with `tensor_parallel` it is refused.
+- `callbacks.checkpoint.sharded=true` lets every rank write its part, into one folder, which any layout reads.
+  When it starts or goes on, every process still has the whole model in its own CPU memory for a moment.
 - At the end of a run with FSDP2 or shared heads or sequences no text is sampled and decoding is not timed.
 
 ## Which variants
