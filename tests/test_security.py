@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from attnzoo.cli import main
@@ -19,8 +20,11 @@ from attnzoo.compare.runs import _config
 from attnzoo.data import load_tokenizer
 from attnzoo.secure import VARIABLE, allowed_targets, build, redact, redact_arguments, redact_text
 from attnzoo.sweep.cell import _config as cell_config
+from attnzoo.sweep.cell import _explain as cell_error
 from attnzoo.sweep.manifest import FILE, read_manifest
 from attnzoo.train.checkpoint import find_checkpoint, read_checkpoint
+from attnzoo.train.guard import RunFailed
+from attnzoo.train.module import LanguageModule
 from attnzoo.train.store import write_atomic
 from runs import overrides, train
 
@@ -49,9 +53,16 @@ NO_CLASS = [
 NO_CALLBACK = ["torch.package.PackageImporter", "torch.jit.CompilationUnit", "lightning.pytorch.Trainer"]
 
 
-@pytest.mark.parametrize("target", [*OUTSIDE, *NO_CLASS, *NO_CALLBACK])
-def test_a_target_that_is_no_callback_of_ours(target: str) -> None:
-    with pytest.raises(ValueError, match=r"^callbacks\.x\._target_: "):
+@pytest.mark.parametrize(
+    ("target", "rule"),
+    [
+        *((target, "is not inside attnzoo, ") for target in OUTSIDE),
+        *((target, "is no class of|there is no class") for target in NO_CLASS),
+        *((target, "must be a Callback") for target in NO_CALLBACK),
+    ],
+)
+def test_a_target_that_is_no_callback_of_ours(target: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rf"^callbacks\.x\._target_: .*({rule})"):
         build({"_target_": target, "file": "x"}, pl.Callback, "callbacks.x")
 
 
@@ -72,7 +83,7 @@ def test_what_hides_in_arguments(more: dict) -> None:
 
 def test_what_the_user_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_zoo.py").write_text(
-        "import os\nfrom lightning.pytorch import Callback\n"
+        "import os\nfrom subprocess import Popen\nfrom lightning.pytorch import Callback\n"
         "class Inner: pass\n"
         "class Mine(Callback):\n    def __init__(self, inner=None):\n        self.inner = inner\n"
     )
@@ -84,6 +95,10 @@ def test_what_the_user_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert type(build(node, pl.Callback, "callbacks.x", ("mine_zoo",)).inner).__name__ == "Inner"
     with pytest.raises(ValueError, match="_target_"):
         build({"_target_": "mine_zoo.os"}, pl.Callback, "callbacks.x", ("mine_zoo",))
+    foreign = node | {"inner": {"_target_": "mine_zoo.Popen", "args": ["touch", str(tmp_path / "bad")]}}
+    with pytest.raises(ValueError, match=r"^callbacks\.x\.inner\._target_: .* is no class of mine_zoo"):
+        build(foreign, pl.Callback, "callbacks.x", ("mine_zoo",))
+    assert not (tmp_path / "bad").exists()
     with pytest.raises(ValueError, match="must be a Logger"):
         build({"_target_": "mine_zoo.Mine"}, Logger, "logger.x", ("mine_zoo",))
     monkeypatch.setenv(VARIABLE, "mine_zoo,other")
@@ -179,6 +194,9 @@ def test_checkpoints_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (folder / "step-00000001.pt").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="ckpt_path"):
         read_checkpoint(folder / "step-00000001.pt")
+    torch.save(Bomb(), folder / "step-00000001.pt")  # an archive as a checkpoint is, with a pickle inside
+    with pytest.raises(ValueError, match="no checkpoint of plain tensors"):
+        read_checkpoint(folder / "step-00000001.pt")
     assert not (tmp_path / "bad").exists()
     for pointer in ("../../etc/passwd", "/etc/passwd", "step-00000001.pt/../../x", ""):
         (folder / "last").write_text(pointer)
@@ -247,6 +265,23 @@ def test_no_secret_is_written(
     assert not found
     assert "sample_prompt: '***'" in (tmp_path / "run" / "config.yaml").read_text()
     assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_no_error_says_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The command's line, the summary's, and that of a cell of a sweep."""
+
+    def fails(*args: object) -> None:
+        raise RunFailed(f"no room at {SECRET}")
+
+    monkeypatch.setenv("ZOO_API_KEY", SECRET)
+    monkeypatch.setattr(LanguageModule, "training_step", fails)
+    assert main(["train", *overrides(tmp_path, f"hydra.run.dir={tmp_path / 'run'}")]) == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["error"] == "no room at ***"
+    assert cell_error(RunFailed(f"no room at {SECRET}")) == "no room at ***"
+    said = "".join(capfd.readouterr())
+    assert said.count("error: no room at ***") == 2 and SECRET not in said
 
 
 def test_a_run_folder_from_elsewhere_gets_nothing_of_the_environment(

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,41 @@ def test_a_rank(tmp_path: Path, fault: str, victim: int, words: str) -> None:
     line = one_line(ended.stderr)
     assert "step 7: " in line and words in line and f"ckpt_path={tmp_path / 'run'}" in line
     assert "step-00000006" in line and read_checkpoint(tmp_path / "run")["progress"]["step"] == 6
+
+
+OWN = ("launcher.devices=2", "launcher.strategy=ddp", "launcher.accelerator=cpu", "launcher.timeout=10")
+
+
+@pytest.mark.parametrize("victim", ["child", "stopped child", "parent"])
+def test_ranks_that_the_run_started_itself(tmp_path: Path, victim: str) -> None:
+    """One process starts the other: neither outlives the other, whichever dies."""
+    options = (*OWN, "callbacks.checkpoint.every=2", "trainer.max_steps=100000")
+    # the other rank's program is that of this one, which must be a script
+    command = [sys.executable, "-m", "attnzoo.cli", *train_command(tmp_path, *options)]
+    paths = os.pathsep.join(filter(None, sys.path))
+    with open(tmp_path / "said", "wb") as said:
+        parent = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    try:
+        until((tmp_path / "run" / "checkpoints" / "last").exists, 90)
+        (child,) = (pid for pid in group(parent.pid) if pid != parent.pid)
+        if victim == "parent":
+            parent.kill()
+            until(lambda: not group(parent.pid), 5)
+            return
+        os.kill(child, signal.SIGKILL if victim == "child" else signal.SIGSTOP)
+        assert parent.wait(10 + 15) == 1
+        until(lambda: not group(parent.pid), 5)
+        line = one_line((tmp_path / "said").read_text())
+        assert "rank 1 of 2" in line and f"ckpt_path={tmp_path / 'run'}" in line, line
+        assert ("its process ended" if victim == "child" else "no answer within 10 s") in line, line
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.wait()
