@@ -26,23 +26,12 @@ from attnzoo.data.config import DataConfig, parse_data
 from attnzoo.parallel.context import check_spans
 from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.parallel.plan import check_split
-from attnzoo.train.checkpoint import (
-    check_vocabulary,
-    differences,
-    find_checkpoint,
-    load_weights,
-    read_checkpoint,
-)
-from attnzoo.train.folder import check_folder, lacks_summary
-from attnzoo.train.metrics import Progress
+from attnzoo.train.checkpoint import check_vocabulary, find_checkpoint, load_weights, read_checkpoint
+from attnzoo.train.folder import check_folder
 from attnzoo.train.module import Plan, seed_draws
 from attnzoo.train.objective import objective_of
-from attnzoo.train.optim import check_named_state
+from attnzoo.train.resume import check_resume, check_same, sample_offset, to_close
 from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
-from attnzoo.train.store import FOLDER
-
-# options that choose how a model computes, not what
-FREE_ON_RESUME = ("impl",)
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ def prepare(config: DictConfig) -> Run:
     steps = trainer.total_steps(data.batch_size * data.seq_len)
     checkpoint = read_checkpoint(start, field) if start else None
     resume = checkpoint if field == "ckpt_path" else None
-    if resume and (home := _to_close(start, resume, steps, trainer.max_seconds)):
+    if resume and (home := to_close(start, resume, steps, trainer.max_seconds)):
         # what is missing belongs to that run, not to another folder
         plain["run_dir"] = str(home)
         plain["logger"] = OmegaConf.to_container(
@@ -97,19 +86,21 @@ def prepare(config: DictConfig) -> Run:
     model = create_model(**model_options(plain, corpus.tokenizer.vocab_size))
     cost = model.cost(data.seq_len)
     train_flops = objective_of(model, corpus.labelled).train_flops(model, data.seq_len)[1]
-    plan = Plan(seed, data.batch_size, data.seq_len, steps, train_flops, _offset(data.batch_size, resume))
+    plan = Plan(
+        seed, data.batch_size, data.seq_len, steps, train_flops, sample_offset(data.batch_size, resume)
+    )
     if getattr(data, "val_seq_len", None):
         with torch.no_grad():  # layers that look at their data refuse a length now, not when training is over
             model(torch.zeros(1, data.val_seq_len, dtype=torch.long))
     run = Run(plain, folder, trainer, optim, launcher, corpus, model, cost, plan, resume)
     if resume:
-        _check_same(run)
+        check_same(run)
     elif checkpoint:
         check_vocabulary(corpus.tokenizer, checkpoint, field)
     if checkpoint:
         load_weights(model, checkpoint, field)
     if resume:
-        _check_resume(run)
+        check_resume(run)
     return run
 
 
@@ -192,74 +183,3 @@ def _starting_point(config: Mapping[str, Any]) -> tuple[str, str | None]:
         raise ValueError(f"ckpt_force: must be true or false, got {config['ckpt_force']!r}")
     field = "ckpt_path" if config["ckpt_path"] else "init_from"
     return field, config[field]
-
-
-def _check_same(run: Run) -> None:
-    """A resumed run must see the same samples with the same model, unless ``ckpt_force``."""
-    there = run.resume["model_config"] | run.resume["identity"]
-    here = dict(run.model.config) | identity(run)
-    changed = differences(
-        *({k: v for k, v in side.items() if k not in FREE_ON_RESUME} for side in (there, here))
-    )
-    saved, tokenizer = run.resume["tokenizer"], run.corpus.tokenizer
-    if saved["fingerprint"] != tokenizer.fingerprint:
-        changed.insert(
-            0,
-            f"tokenizer is one of {saved['vocab_size']} tokens ({saved['fingerprint'][:8]}) there and of "
-            f"{tokenizer.vocab_size} ({tokenizer.fingerprint[:8]}) here",
-        )
-    if changed and not run.config.get("ckpt_force"):
-        raise ValueError(
-            f"ckpt_path: a resumed run must not change: {'; '.join(changed)}; use init_from, or "
-            "ckpt_force=true to go on all the same"
-        )
-    if changed and pl.utilities.rank_zero_only.rank == 0:
-        print(f"ckpt_force: going on although {'; '.join(changed)}", flush=True)
-
-
-def _offset(batch_size: int, resume: Mapping[str, Any] | None) -> int:
-    """Where samples are counted from, so that none is repeated or left out after steps of another size."""
-    if resume is None:
-        return 0
-    step = resume["progress"]["step"]
-    position = resume.get("position", {"sample": step * resume["identity"]["data.batch_size"]})
-    return position["sample"] - step * batch_size
-
-
-def _to_close(start: str, resume: Mapping[str, Any], *length: float | None) -> Path | None:
-    """The run folder of the checkpoint ``start``, if it was trained to this length and lacks its summary."""
-    file = find_checkpoint(start)
-    home = file.parent.parent
-    known = file.parent.name == FOLDER and (home / "config.yaml").exists()
-    return home if known and lacks_summary(home, resume, *length) else None
-
-
-def _check_resume(run: Run) -> None:
-    """The optimiser must be of the same kind, and something must be left to do: steps, or the summary."""
-    check_named_state(run.model, run.optim, run.resume["optimizer"])
-    done, pack = Progress(**run.resume["progress"]), run.corpus.pack
-    if seen := run.plan.first_sample(done.step) % pack:
-        raise ValueError(
-            f"data.pack: the checkpoint is at sample {seen} of a pack of {pack}; use init_from, which starts "
-            "with the first sample"
-        )
-    own = find_checkpoint(run.config["ckpt_path"]).parent.resolve() == (run.folder / FOLDER).resolve()
-    same = differences(run.resume["identity"], identity(run)) == []
-    if own and same and lacks_summary(run.folder, run.resume, run.plan.total_steps, run.trainer.max_seconds):
-        return
-    for field, before, limit in (
-        ("max_steps", done.step, run.plan.total_steps),
-        ("max_time", done.seconds, run.trainer.max_seconds),
-    ):
-        if limit is not None and before >= limit:
-            raise ValueError(f"trainer.{field}: the checkpoint is at {before:g}, got {limit:g}; raise it")
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """What decides which samples a step sees."""
-    return {
-        "data": run.corpus.fingerprint,
-        "seed": run.plan.seed,
-        "data.batch_size": run.plan.batch_size,
-        "data.seq_len": run.plan.seq_len,
-    } | ({"data.pack": run.corpus.pack} if run.corpus.pack > 1 else {})

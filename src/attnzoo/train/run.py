@@ -33,7 +33,8 @@ from attnzoo.train.folder import environment, versions, write_json
 from attnzoo.train.hardware import choose_precision, peak_memory
 from attnzoo.train.logger import forget_after
 from attnzoo.train.module import LanguageModule
-from attnzoo.train.prepare import Run, identity
+from attnzoo.train.prepare import Run
+from attnzoo.train.resume import identity
 
 
 def execute(run: Run) -> dict[str, Any]:
