@@ -64,7 +64,13 @@ def _train(team: Team, arguments: list[str]) -> int:
         return team.end(RUN_ERROR)
     store_variants()
     with plain_errors(), _argv(["attnzoo train", *order(followed)]), _raw_errors():
-        job()
+        try:
+            job()
+        except OSError as error:  # Hydra's, which makes the folder before the run begins
+            raise ValueError(
+                f"hydra.run.dir: {str(error.filename)!r} cannot be written: {error.strerror}; "
+                "give a folder that can be"
+            ) from error
     return max(codes) if codes else team.end(0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from attnzoo.parallel.pulse import Pulse
@@ -24,6 +26,27 @@ def explain(error: BaseException, folder: Path, loader: Loader, pulse: Pulse, st
     return RunFailed(f"step {step}: {text}; {way_on(folder)}") if text else error
 
 
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """What the system refuses of the first files of a run's folder is a ValueError: nothing is lost yet."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"hydra.run.dir: {str(folder)!r} cannot be written: {_reason(error)}; give a folder that can be, "
+            "with room for the checkpoints"
+        ) from error
+
+
+@contextmanager
+def closing(folder: Path) -> Iterator[None]:
+    """What the system refuses of the summary is a RunFailed: the last checkpoint is there already."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"the summary cannot be written: {_reason(error)}; {way_on(folder)}") from error
+
+
 def way_on(folder: Path) -> str:
     """What to do after a run in ``folder`` has failed."""
     try:
@@ -36,5 +59,8 @@ def way_on(folder: Path) -> str:
 def _disk(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or not error.filename:
         return None
-    reason = "the disk is full, make room" if error.errno in FULL else error.strerror
-    return f"{str(error.filename)!r} cannot be written or read: {reason}"
+    return f"{str(error.filename)!r} cannot be written or read: {_reason(error)}"
+
+
+def _reason(error: OSError) -> str:
+    return "the disk is full, make room" if error.errno in FULL else error.strerror or str(error)

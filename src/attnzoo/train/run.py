@@ -28,7 +28,7 @@ from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, Draws, GracefulStop
 from attnzoo.train.decode_speed import decode_summary
 from attnzoo.train.evaluate import Validation
-from attnzoo.train.failure import explain
+from attnzoo.train.failure import closing, explain, opening
 from attnzoo.train.folder import environment, versions, write_json
 from attnzoo.train.hardware import choose_precision, peak_memory
 from attnzoo.train.logger import forget_after
@@ -69,7 +69,8 @@ def execute(run: Run) -> dict[str, Any]:
     module = LanguageModule(run.model, run.trainer, run.optim, run.plan, validation, ranks, run.resume)
     trainer.loggers = _instances(run.config, "logger", Logger)
     if trainer.is_global_zero:
-        _open_folder(run, trainer, layout, first, f"{trainer.precision} ({reason})")
+        with opening(run.folder):
+            _open_folder(run, trainer, layout, first, f"{trainer.precision} ({reason})")
     with plain_command_line():
         for logger in trainer.loggers:
             logger.log_hyperparams(redact(run.config))
@@ -87,7 +88,7 @@ def execute(run: Run) -> dict[str, Any]:
         raise known from error
     finally:
         end_ranks(trainer)
-    with deaf():
+    with deaf(), closing(run.folder):
         return _close_folder(run, trainer, module)
 
 
