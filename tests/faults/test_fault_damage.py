@@ -90,6 +90,10 @@ def test_a_shard_is_verified_block_by_block(shard: tuple) -> None:
     assert len(mapped.tokens(0, half)) == half
     with pytest.raises(ValueError, match=f"bytes {BLOCK} to {2 * BLOCK - 1}"):
         mapped.tokens(half - 1, half + 1)
+    for at in (entry.index_at(dtype), entry.content(dtype) - 1):  # the index, whichever tokens are read
+        file.write_bytes(flipped(whole, at, 0))
+        with pytest.raises(ValueError, match=r"data\.path: shard"):
+            MappedShard(folder, entry, dtype)
     draw = random.Random(0)
     for _ in range(200):
         file.write_bytes(flipped(whole, draw.randrange(len(whole)), draw.randrange(8)))
