@@ -165,8 +165,9 @@ def _ranks(cell: Cell, folder: Path, name: str, workers: int, kill: Kill | None)
     ended = [children[rank].wait() for rank in victims if not children[rank].alive or not kill]
     for other in children if kill else ():
         other.kill_group()
-    ended += [other.wait() for other in children] if kill else []
     failed = [end.returncode not in ((-signal.SIGKILL,) if kill else (0,)) for end in ended]
+    # a rank that was not killed may have noticed before it could be
+    ended += [other.wait() for other in children] if kill else []
     if any(failed):
         raise AssertionError("\n".join(end.stdout[-2000:] + end.stderr[-4000:] for end in ended))
     return [end.returncode for end in ended]

@@ -67,6 +67,8 @@ def _train(team: Team, arguments: list[str]) -> int:
         try:
             job()
         except OSError as error:  # Hydra's, which makes the folder before the run begins
+            if error.filename is None:  # of a choice that there is not, which is an IOError of its own
+                raise
             raise ValueError(
                 f"hydra.run.dir: {str(error.filename)!r} cannot be written: {error.strerror}; "
                 "give a folder that can be"
