@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import attnzoo
 from attnzoo.train.checkpoint import read_checkpoint
+from attnzoo.train.guard import RunFailed
 from attnzoo.train.prepare import prepare
 from children import run_child, start_ranks
 from runs import compose, metrics, train, write_text
@@ -136,6 +138,15 @@ def test_parts_that_ranks_write_are_the_whole(alone: Path, tmp_path: Path, layou
     run_ranks(tmp_path / "on", alone, "sequences", ("mla",), f"ckpt_path={start}", *SHARDED)
     for a, b in zip(metrics(alone / "mla")[2:], metrics(tmp_path / "on" / "mla"), strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=CLOSE)
+
+
+def test_shards_that_cannot_be_written_fail_the_run(tmp_path: Path) -> None:
+    with (
+        mock.patch("attnzoo.train.sharded.write_checked", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(RunFailed, match=r"checkpoint of step 2: the disk is full; there is none"),
+    ):
+        train(tmp_path, *SHARDED, "trainer.max_steps=2")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
 def test_a_folder_of_shards_is_verified(tmp_path: Path) -> None:

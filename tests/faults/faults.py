@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def cli(*arguments: str) -> None:
     from attnzoo.cli import main
 
     sys.exit(main(list(arguments)))
+
+
+def strike(fault: str, error: Exception) -> None:
+    """What befalls the process that calls it: it "dies", "hangs", or raises ``error``."""
+    if fault == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hangs":
+        time.sleep(1000)
+    raise error
 
 
 def train_command(folder: Path, *more: str, name: str = "run") -> list[str]:

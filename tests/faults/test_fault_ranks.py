@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.guard import RunFailed
 from children import group, start_ranks, until
-from faults import before, cli, one_line, train_command
+from faults import before, cli, one_line, strike, train_command
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -29,11 +28,7 @@ def trains(fault: str, victim: int, arguments: list[str]) -> None:
 
     def hit(module: LanguageModule, *args: object) -> None:
         if int(os.environ["RANK"]) == victim and module.progress.step == 6:
-            if fault == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "hangs":
-                time.sleep(1000)
-            raise RunFailed("out of tea")
+            strike(fault, RunFailed("out of tea"))
 
     before(LanguageModule, "training_step", hit)
     cli(*arguments)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import torch.utils.data
 from attnzoo.data.text import TextCorpus
 from attnzoo.train.checkpoint import read_checkpoint
 from children import Child, group, until
-from faults import before, cli, one_line, train_command
+from faults import before, cli, one_line, strike, train_command
 
 pytestmark = [pytest.mark.multi, pytest.mark.slow]
 
@@ -23,11 +20,7 @@ def trains(fault: str, arguments: list[str]) -> None:
 
     def hit(corpus: TextCorpus, n: int) -> None:
         if torch.utils.data.get_worker_info() and n == 60:
-            if fault == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if fault == "hangs":
-                time.sleep(1000)
-            raise OSError("the disk is on fire")
+            strike(fault, OSError("the disk is on fire"))
 
     before(TextCorpus, "sample", hit)
     cli(*arguments)

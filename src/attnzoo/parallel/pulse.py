@@ -33,11 +33,13 @@ class Pulse(Callback):
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
-        self._run = next(_runs)
+        self._run, self._step = next(_runs), 0
 
     def on_train_batch_start(self, trainer: Trainer, module: Any, *args: Any) -> None:
-        if self.world > 1:
-            self._set("step", self.rank, str(module.progress.step + 1))
+        step = module.progress.step + 1
+        if self.world > 1 and step != self._step:
+            self._set("step", self.rank, str(step))
+            self._step = step
 
     def leave(self, reason: str) -> None:
         """Tell the others why this rank goes, if they are still there."""

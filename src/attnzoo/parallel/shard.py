@@ -55,24 +55,30 @@ def entangled(model: nn.Module) -> bool:
 @contextmanager
 def whole_layers(model: nn.Module) -> Iterator[None]:
     """The weights of those layers whole that look at them between steps (`Stage.on_step`)."""
-    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    looks = any(
-        type(stage).on_step is not Stage.on_step for mixer in model.mixers for stage in mixer.stages()
-    )
-    for unit in units if looks else ():
+    units = _units(model)
+    stages = (stage for mixer in model.mixers for stage in mixer.stages()) if units else ()
+    if not any(type(stage).on_step is not Stage.on_step for stage in stages):
+        yield
+        return
+    for unit in units:
         unit.unshard()
     try:
         yield
     finally:
-        for unit in units if looks else ():
+        for unit in units:
             unit.reshard()
 
 
 def reshard(model: nn.Module) -> None:
     """Leave each rank its part only; a forward pass without a backward pass keeps some weights whole."""
-    for unit in model.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()
+    for unit in _units(model):
+        unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    """What FSDP2 gathers at once; none of a model that is not spread, without a walk through it."""
+    spread = isinstance(model, FSDPModule)
+    return [module for module in model.modules() if isinstance(module, FSDPModule)] if spread else []
 
 
 def gathered(tensor: Tensor) -> Tensor:

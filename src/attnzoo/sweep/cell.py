@@ -94,10 +94,9 @@ def _explain(error: Exception) -> str:
 
 
 def _config(manifest: Manifest, cell: Cell, ckpt_path: str | None) -> dict[str, Any]:
-    launcher = {key: value for key, value in cell.config["launcher"].items() if key != "slurm"}
     folder = str(manifest.run_folder(cell))
     # a manifest may come from elsewhere: what it may build is for this process's environment to say
-    own = {"run_dir": folder, "ckpt_path": ckpt_path, "launcher": launcher, "allow_targets": []}
+    own = {"run_dir": folder, "ckpt_path": ckpt_path, "allow_targets": []}
     return dict(cell.config) | own
 
 

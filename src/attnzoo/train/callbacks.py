@@ -77,7 +77,11 @@ class Checkpoint(Callback):
         folder, step = Path(trainer.default_root_dir) / FOLDER, module.progress.step
         if self.sharded:
             cuts, layout = shards_of(module.model), module.ranks.layout
-            save_sharded(folder, step, content, cuts, layout, self.keep, self.keep_every)
+            try:
+                save_sharded(folder, step, content, cuts, layout, self.keep, self.keep_every)
+            except RunFailed:
+                module.status = "failed"
+                raise
             return
         if not trainer.is_global_zero:
             return

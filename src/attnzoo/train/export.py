@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from attnzoo.train.writer import place_of
+
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer"
 EXPORTED = ("model_config", "tokenizer", "identity", "progress")  # of a checkpoint
 
@@ -21,6 +23,7 @@ def write_export(folder: Path, checkpoint: Mapping[str, Any], tokenizer: Any) ->
     """
     from safetensors.torch import save
 
+    from attnzoo.train.folder import write_json
     from attnzoo.train.store import write_atomic
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,8 +33,7 @@ def write_export(folder: Path, checkpoint: Mapping[str, Any], tokenizer: Any) ->
     tokenizer.save(folder / TOKENIZER)
     data = save({name: value.contiguous() for name, value in weights.items()}, {"format": "pt"})
     write_atomic(folder / WEIGHTS, lambda file: file.write(data))
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))  # last: with it, it is an export
+    write_json(folder / CONFIG, config)  # last: with it, it is an export
 
 
 def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -39,8 +41,7 @@ def _once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     shared: dict[str, str] = {}
     names: dict[tuple, str] = {}
     for name, value in weights.items():
-        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride())
-        first = names.setdefault(place, name) if value.numel() else name
+        first = names.setdefault(place_of(value), name) if value.numel() else name
         if first == name:
             kept[name] = value
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 from attnzoo.parallel.pulse import Pulse
 from attnzoo.train.batches import Loader
 from attnzoo.train.guard import RunFailed
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from attnzoo.train.store import FOLDER, FULL, LAST
 
 
 def explain(error: BaseException, folder: Path, loader: Loader, pulse: Pulse, step: int) -> BaseException:
@@ -50,7 +48,7 @@ def closing(folder: Path) -> Iterator[None]:
 def way_on(folder: Path) -> str:
     """What to do after a run in ``folder`` has failed."""
     try:
-        last = (folder / "checkpoints" / "last").read_text().strip().partition(".")[0]
+        last = (folder / FOLDER / LAST).read_text().strip().partition(".")[0]
     except OSError:
         return "there is no checkpoint yet: start again"
     return f"the last checkpoint is {last}: resume with ckpt_path={folder}"

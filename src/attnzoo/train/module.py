@@ -118,7 +118,7 @@ class LanguageModule(pl.LightningModule):
         """What a resumed run needs besides its configuration; all ranks call it together.
 
         The learning rate, the samples and all random draws are functions of the seed and the step, so neither
-        schedule nor sampler nor generators have a state to keep.
+        schedule nor sampler nor what layers draw have a state to keep.
 
         Args:
             sharded: with this rank's parts of the tensors, instead of all of them on rank 0.

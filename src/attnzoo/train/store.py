@@ -25,6 +25,7 @@ NAME = re.compile(r"step-(\d+)(\.pt)?")  # a file, or a folder of shards
 SUM = ".sha256"  # what `sha256sum -c` reads, beside each file
 SUMS = "SHA256SUMS"  # the same inside a folder of shards
 BLOCK = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says of a disk without room
 
 
 def write_atomic(
@@ -106,7 +107,7 @@ def saving(folder: Path, step: int, clean: bool = True) -> Iterator[None]:
             _clean(folder)
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in FULL
         try:
             good = f"the last good one is {folder / (folder / LAST).read_text().strip()}"
         except OSError:

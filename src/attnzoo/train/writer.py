@@ -56,7 +56,12 @@ def to_cpu(content: Any, seen: dict[tuple, Tensor] | None = None) -> Any:
         return [to_cpu(value, seen) for value in content]
     if not isinstance(content, Tensor):
         return content
-    place = (content.untyped_storage().data_ptr(), content.storage_offset(), content.shape, content.stride())
+    place = place_of(content)
     if place not in seen:
         seen[place] = content.detach().to("cpu", copy=True)
     return seen[place]
+
+
+def place_of(tensor: Tensor) -> tuple:
+    """What two tensors have in common that are the same numbers in memory."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
