@@ -30,7 +30,7 @@ chmod 755 /run/munge
 runs munged || su munge -s /bin/sh -c munged
 
 # slurmd refuses a node that has fewer cores than it claims, unless told that the configuration decides
-mkdir -p /etc/slurm /var/spool/slurmctld /var/spool/slurmd
+mkdir -p /etc/slurm /var/log/slurm /var/spool/slurmctld /var/spool/slurmd
 cat > /etc/slurm/slurm.conf <<CONF
 ClusterName=local
 SlurmctldHost=$node(127.0.0.1)
@@ -38,6 +38,8 @@ SlurmUser=root
 AuthType=auth/munge
 StateSaveLocation=/var/spool/slurmctld
 SlurmdSpoolDir=/var/spool/slurmd
+SlurmctldLogFile=/var/log/slurm/slurmctld.log
+SlurmdLogFile=/var/log/slurm/slurmd.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -54,4 +56,4 @@ for _ in $(seq 60); do
   if sinfo --noheader --states=idle --format=%D 2>/dev/null | grep -q '[1-9]'; then exit 0; fi
   sleep 0.25
 done
-fail "no idle node after 15 seconds; see sinfo, and the logs of slurmctld and slurmd in /var/log"
+fail "no idle node after 15 seconds; see sinfo, and the logs of slurmctld and slurmd in /var/log/slurm"

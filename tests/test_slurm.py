@@ -61,11 +61,22 @@ def jobs(folder: Path) -> dict[str, str]:
 
 
 def hurry(*waiting: str) -> None:
-    """Start what was requeued now: SLURM would wait two minutes."""
+    """Start what was requeued, as soon as its earlier attempt is gone: SLURM would wait two minutes.
+
+    A node refuses to start a job of which it still has a step, or that it has ended in the same second, and
+    SLURM then calls the job failed.
+    """
     for job in waiting:
+        until(lambda job=job: re.search(r"\bJobId=(\d+)", about(job))[1] not in jobs_here())
         subprocess.run(
-            ["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True, check=False
+            ["scontrol", "update", f"JobId={job}", "StartTime=now+2"], capture_output=True, check=False
         )
+
+
+def jobs_here() -> list[str]:
+    """The jobs of which this node has a step."""
+    listed = subprocess.run(["scontrol", "listpids"], capture_output=True, text=True, check=False).stdout
+    return [line.split()[1] for line in listed.splitlines()[1:]]
 
 
 def about(job: str) -> str:
