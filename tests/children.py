@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -106,9 +107,7 @@ def start_ranks(
     cwd: str | Path | None = None,
 ) -> list[Child]:
     """The same child once per rank, in an environment as torchrun makes it; ``env`` may differ by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     world = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -123,6 +122,15 @@ def start_ranks(
         Child(function, *args, env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | more[rank], cwd=cwd)
         for rank in range(ranks)
     ]
+
+
+def _free_port() -> int:
+    """For rank 0 to listen on; none that the system may deal out to another connection meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def group(leader: int) -> list[int]:

@@ -76,12 +76,13 @@ class Cell:
 
 
 def full_matrix() -> list[Cell]:
-    """Every level with every other; the second phase of a cell goes round."""
-    cells = []
+    """Every level with every other, each cell once; the second phase of a cell goes round."""
+    cells: dict[Cell, None] = {}
     for i, (levels, phase) in enumerate(itertools.product(itertools.product(*FACTORS.values()), PHASES)):
         others = [other for other in PHASES if other != phase]
-        cells.append(_cell(levels, phase, others[i % len(others)]))
-    return cells
+        drawn = (_cell(levels, phase, other) for other in others[i % 5 :] + others[: i % 5])
+        cells[next(cell for cell in drawn if cell not in cells)] = None
+    return list(cells)
 
 
 def covering_array(seed: int = 0) -> list[Cell]:
@@ -163,6 +164,8 @@ def _ranks(cell: Cell, folder: Path, name: str, workers: int, kill: Kill | None)
     victims = kill.victims if kill else range(cell.processes)
     until(lambda: not all(child.alive for child in children), 120.0)
     ended = [children[rank].wait() for rank in victims if not children[rank].alive or not kill]
+    if not ended:  # not the one that was to be killed
+        ended = [child.wait() for child in children if not child.alive]
     for other in children if kill else ():
         other.kill_group()
     failed = [end.returncode not in ((-signal.SIGKILL,) if kill else (0,)) for end in ended]

@@ -17,6 +17,8 @@ from attnzoo.train import checkpoint, store
 from attnzoo.train.checkpoint import find_checkpoint, load_weights, read_checkpoint
 from attnzoo.train.folder import check_folder
 from attnzoo.train.guard import RunFailed
+from attnzoo.train.optim import build_optimizer, load_named_state, named_state
+from attnzoo.train.settings import OptimSettings
 from attnzoo.train.store import save_checkpoint
 from runs import train
 
@@ -51,6 +53,21 @@ def test_it_holds_plain_values_only(finished: Path) -> None:
     assert loaded["metrics"]["val_bpb"] > 0 and len(loaded["draws"]) == 1
     assert loaded["progress"]["step"] == 1 and loaded["identity"]["seed"] == 1
     assert set(loaded["optimizer"]) == set(loaded["model"])
+
+
+def test_what_is_loaded_does_not_hang_on_the_file(tmp_path: Path) -> None:
+    """Others may remove it while the run goes on."""
+    train(tmp_path, "trainer.max_steps=1")
+    saved = read_checkpoint(tmp_path / "run")
+    model = attnzoo.create_model(**saved["model_config"])
+    optimizer = build_optimizer(model, OptimSettings())
+    load_weights(model, saved)
+    load_named_state(model, optimizer, saved["optimizer"])
+    before = copy.deepcopy((model.state_dict(), named_state(model, optimizer)))
+    with find_checkpoint(tmp_path / "run").open("r+b") as file:
+        file.write(bytes(os.path.getsize(file.name)))
+    assert not any(value.any() for value in saved["model"].values())  # they are the file
+    torch.testing.assert_close((model.state_dict(), named_state(model, optimizer)), before, rtol=0, atol=0)
 
 
 def test_every_name_of_a_checkpoint_finds_it(finished: Path) -> None:

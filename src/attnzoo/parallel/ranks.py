@@ -70,9 +70,9 @@ class Ranks:
 
     def squared_norm(self, model: nn.Module) -> Tensor:
         """This rank's summand of the squared norm of the gradient; the sum over all ranks is the whole."""
+        held = self.layout.tensor
         known = [p for p in model.parameters() if p.grad is not None]
-        squares = [norm_weight(p, self.layout.tensor) * local_part(p.grad).double().square() for p in known]
-        return torch.stack([square.sum() for square in squares]).sum()
+        return torch.stack([_square(local_part(p.grad), norm_weight(p, held)) for p in known]).sum()
 
     def whole(self, tensors: Mapping[str, Tensor], like: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """Full tensors on the CPU of rank 0, nothing elsewhere; a call that all ranks make together.
@@ -109,3 +109,10 @@ class Ranks:
         if self.layout.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def _square(grad: Tensor, weight: float | Tensor) -> Tensor:
+    """The weighted sum of squares in fp64, without a copy of ``grad`` where it has one weight."""
+    if isinstance(weight, Tensor):
+        return (weight * grad.double().square()).sum()
+    return weight * torch.linalg.vector_norm(grad, dtype=torch.float64).square()

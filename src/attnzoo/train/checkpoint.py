@@ -39,7 +39,7 @@ def find_checkpoint(path: str | Path, field: str = "ckpt_path") -> Path:
 
 
 def read_checkpoint(path: str | Path, field: str = "ckpt_path") -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """The content of a checkpoint, on the CPU; its tensors stay in the file until they are read.
 
     Raises:
         ValueError: no such file, or it is damaged, or something else than a checkpoint of this library. The
@@ -63,7 +63,8 @@ def read_checkpoint(path: str | Path, field: str = "ckpt_path") -> dict[str, Any
 
 
 def _load(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    # mapped, so that the ranks of a node share it, and what is not asked for is not read
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _way_out(file: Path, field: str) -> str:

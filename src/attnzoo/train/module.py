@@ -110,7 +110,7 @@ class LanguageModule(pl.LightningModule):
         self.ranks.mark(self.model)
         self.optimizer = build_optimizer(self.model, self.optim_settings)
         if self._resume:
-            load_named_state(self.model, self.optimizer, self._resume["optimizer"], self.ranks.part)
+            load_named_state(self.model, self.optimizer, self._resume.pop("optimizer"), self.ranks.part)
             self._resume = None
         return self.optimizer
 

@@ -148,7 +148,7 @@ def load_named_state(
     state: Mapping[str, Any],
     part: Callable[[Tensor, nn.Parameter], Tensor] = lambda full, like: full,
 ) -> None:
-    """Put back what `named_state` gave; learning rates and the like stay those of ``optimizer``.
+    """Put back copies of what `named_state` gave; learning rates and the like stay those of ``optimizer``.
 
     Args:
         part: of a full tensor of a parameter's shape, what belongs to the parameter of this rank.
@@ -156,8 +156,9 @@ def load_named_state(
     params = dict(model.named_parameters())
     names = {id(p): name for name, p in params.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    # copies, for a part may be a view of the whole, or of a file
     state = {
-        name: {key: part(value, params[name]) if value.ndim else value for key, value in entry.items()}
+        name: {k: (part(v, params[name]) if v.ndim else v).clone() for k, v in entry.items()}
         for name, entry in state.items()
     }
     # a state_dict numbers parameters in the order of the groups

@@ -99,6 +99,7 @@ def prepare(config: DictConfig) -> Run:
         check_vocabulary(corpus.tokenizer, checkpoint, field)
     if checkpoint:
         load_weights(model, checkpoint, field)
+        del checkpoint["model"]  # the run is long
     if resume:
         check_resume(run)
     return run
