@@ -10,7 +10,7 @@ import torch
 
 from attnzoo.data import Corpus
 from attnzoo.data.config import parse_data, parse_tokenizer
-from attnzoo.data.shards import Manifest
+from attnzoo.data.manifest import Manifest
 from attnzoo.data.tokenize import tokenize
 from attnzoo.train.batches import CounterBatches, train_loader
 

@@ -20,7 +20,8 @@ import torch
 
 from attnzoo.cli import main
 from attnzoo.data import build_data
-from attnzoo.data.shards import Manifest, ShardWriter, read_manifest
+from attnzoo.data.manifest import Manifest, read_manifest
+from attnzoo.data.shards import ShardWriter
 from attnzoo.data.stream import TokenStream
 from attnzoo.data.tokenize import check
 from data_parts import BYTES, check_served, documents, shards_of, tokens_by_hand, write_texts

@@ -14,7 +14,8 @@ from filelock import FileLock
 from attnzoo.cli import main
 from attnzoo.data import build_data, load_tokenizer
 from attnzoo.data import tokenize as module
-from attnzoo.data.shards import Manifest, ShardWriter, read_manifest
+from attnzoo.data.manifest import Manifest, read_manifest
+from attnzoo.data.shards import ShardWriter
 from attnzoo.data.split import digest
 from attnzoo.data.tokenizer import train_bpe
 from data_parts import BYTES, documents, shards_of, write_texts

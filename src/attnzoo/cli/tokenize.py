@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from attnzoo.cli.overrides import order
 from attnzoo.cli.tree import compose, opened, plain_errors
 from attnzoo.data.config import check_whole_number, parse_data, parse_tokenizer
-from attnzoo.data.shards import Manifest, Shard
+from attnzoo.data.manifest import Manifest, Shard
 from attnzoo.data.tokenize import check, tokenize
 from attnzoo.train.guard import RunFailed
 

@@ -17,7 +17,8 @@ import numpy as np
 from .config import DataConfig, TokenizerConfig
 from .corpora import load_documents, source_key
 from .encoding import encoded, start_of
-from .shards import FORMAT, MANIFEST, Manifest, Shard, ShardWriter, damaged, dtype_for, key_of, shard_name
+from .manifest import FORMAT, MANIFEST, Manifest, Shard, damaged, dtype_for, key_of, shard_name
+from .shards import ShardWriter
 from .split import SPLITS, Split, digest, plan_split
 from .stream import TokenStream, open_streams
 from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe

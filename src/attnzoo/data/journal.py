@@ -12,7 +12,7 @@ import numpy as np
 
 from attnzoo.train.store import write_atomic
 
-from .shards import Shard, check_sizes, read_shard
+from .manifest import Shard, check_sizes, read_shard
 from .split import SPLITS
 
 JOURNAL = "progress.jsonl"

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from .config import DataConfig, TokenizerConfig, check_keys, parse_data
 from .corpus import Corpus, Sample, TrainStream
+from .manifest import key_of
 from .schedule import Schedule
-from .shards import key_of
 from .tokenizer import Tokenizer
 
 _LONGEST = 100_000  # samples of a period

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .shards import Manifest, MappedShard, Shard, check_sizes, read_manifest
+from .manifest import Manifest, Shard, check_sizes, read_manifest
+from .shards import MappedShard
 from .split import SPLITS
 
 _MAPPED = 256  # shards at the same time: a map holds a file descriptor, and processes get about a thousand

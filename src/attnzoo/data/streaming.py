@@ -22,9 +22,10 @@ from .config import DataConfig, TokenizerConfig
 from .corpora import source_key
 from .corpus import Sample, TrainStream
 from .encoding import PIECE, encode_documents, gathered, start_of
+from .manifest import FORMAT, MANIFEST, Manifest, dtype_for, key_of, shard_name
 from .places import Place, Source, identity, pinned
 from .sampler import permute
-from .shards import FORMAT, MANIFEST, Manifest, ShardWriter, dtype_for, key_of, shard_name
+from .shards import ShardWriter
 from .stream import Piece, TokenStream, cut, open_streams
 from .text import ValidationSet, check_length, packed
 from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe

@@ -29,11 +29,10 @@ from .config import TEXT_SOURCES, DataConfig, TokenizerConfig
 from .corpora import source_key, texts_of
 from .encoding import PIECE, encode_documents, gathered, start_of
 from .journal import JOURNAL, Done, add_to_journal, begin_journal, check_plan, read_journal
-from .shards import (
+from .manifest import (
     MANIFEST,
     Manifest,
     Shard,
-    ShardWriter,
     check_sizes,
     damaged,
     dtype_for,
@@ -41,6 +40,7 @@ from .shards import (
     read_manifest,
     shard_name,
 )
+from .shards import ShardWriter
 from .split import SPLITS, digest, is_held_out
 from .tokenizer import Tokenizer, load_tokenizer, ready_tokenizer, train_bpe
 

@@ -104,6 +104,12 @@ class Ranks:
         """This rank's part of a full tensor of a parameter's shape, as `whole` gave it."""
         return spread_like(own(full, getattr(like, "shards", None)), like)
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest over all ranks, in place, where there are several."""
+        if self.layout.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
     def add(self, value: Tensor) -> Tensor:
         """The sum over all ranks, in place, where there are several."""
         if self.layout.world > 1:

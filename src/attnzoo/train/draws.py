@@ -1,4 +1,4 @@
-"""The states of the random generators, as plain values.
+"""Seeds, and the states of the random generators as plain values.
 
 All draws inside a step are functions of the seed, the step, the micro-batch and the rank. What callbacks and
 other packages draw between steps goes on after a resume through these states. Generators of their own are
@@ -7,6 +7,7 @@ theirs to keep.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+
+def seed_draws(key: str) -> None:
+    """Seed every generator that a model may draw from, on all devices."""
+    seed = derived_seed(key)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def derived_seed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def draw_states() -> dict[str, Any]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import random
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -21,6 +17,7 @@ from attnzoo import Collector
 from attnzoo.parallel.ranks import Ranks
 from attnzoo.parallel.shard import whole_layers
 from attnzoo.train.batches import Batch, batch_fingerprint
+from attnzoo.train.draws import derived_seed, seed_draws
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.guard import RunFailed, find_culprit
 from attnzoo.train.metrics import Meter, Progress
@@ -210,16 +207,11 @@ class LanguageModule(pl.LightningModule):
         if validate or self._stop or step % self.settings.log_every == 0:
             self._report(validate)
         if finished or self._stop:
-            self._agree_on_signal()
+            # it may have reached some of the ranks only, and all of them end by it
+            signals = torch.tensor(float(self.stop_signal), device=self.device)
+            self.stop_signal = int(self.ranks.largest(signals))
             self.status = "completed" if finished else "stopped"
             self.trainer.should_stop = True
-
-    def _agree_on_signal(self) -> None:
-        # it may have reached some of the ranks only, and all of them end by it
-        if self.ranks.layout.world > 1:
-            number = torch.tensor(float(self.stop_signal), device=self.device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.stop_signal = int(number)
 
     def _tell_layers(self, step: int) -> None:
         """What changes in the layers outside the gradient, the same on every rank."""
@@ -259,18 +251,6 @@ class LanguageModule(pl.LightningModule):
             f"batch {batch_fingerprint(self._batches)}, samples {first} to {first + size - 1}; "
             "try a smaller optim.lr, or trainer.precision=fp32"
         )
-
-
-def seed_draws(key: str) -> None:
-    """Seed every generator that a model may draw from, on all devices."""
-    seed = derived_seed(key)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def derived_seed(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _shaped(entry: dict[str, Tensor], param: nn.Parameter) -> list[str]:

@@ -27,8 +27,9 @@ from attnzoo.parallel.context import check_spans
 from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.parallel.plan import check_split
 from attnzoo.train.checkpoint import check_vocabulary, find_checkpoint, load_weights, read_checkpoint
+from attnzoo.train.draws import seed_draws
 from attnzoo.train.folder import check_folder
-from attnzoo.train.module import Plan, seed_draws
+from attnzoo.train.module import Plan
 from attnzoo.train.objective import objective_of
 from attnzoo.train.resume import check_resume, check_same, sample_offset, to_close
 from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
