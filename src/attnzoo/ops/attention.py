@@ -16,6 +16,7 @@ from attnzoo.attention.stages.mask import Causal, Mask
 from attnzoo.attention.timeline import Axis
 from attnzoo.ops import adapters
 from attnzoo.ops.kept import fits, kept_attention
+from attnzoo.ops.last_queries import last_queries
 from attnzoo.ops.seen import softmax
 from attnzoo_kernels.attention import attention as softmax_kernel
 from attnzoo_kernels.latent_decode import latent_decode
@@ -195,6 +196,8 @@ def _fused(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: C
             return _sdpa(q, keys, scale, None, causal=T > 1)
         if T == 1:
             return _sdpa(q, keys, scale, None)
+        if q.is_cuda and (o := last_queries(*_alike(q, keys), scale)) is not None:
+            return o[..., : keys.v.shape[-1]].to(keys.v.dtype)
     if keys.aligned and _is_banded(mask, T, S) and (one_document or not mask.sinks()):
         return _banded(q, keys, mask, query, scale, once)
     return _sdpa(q, keys, scale, visible_table(mask, query, keys.axis, once))
@@ -212,17 +215,19 @@ def _banded(q: Tensor, keys: Keys, mask: Mask, query: Axis, scale: float, once: 
 
 
 def _sdpa(q: Tensor, keys: Keys, scale: float, seen: Tensor | None, causal: bool = False) -> Tensor:
-    (k, v), width = _paired(q, keys), keys.v.shape[-1]
-    if width < k.shape[-1]:
-        v = F.pad(v, (0, k.shape[-1] - width))
-    elif width > k.shape[-1]:
-        q, k = (F.pad(z, (0, width - z.shape[-1])) for z in (q, k))
+    q, k, v = _alike(q, keys)
     grouped = k.shape[1] != q.shape[1]
     slow = _slow_in_bf16(q, v)
     q, k, v = (z.to(torch.float32 if slow else v.dtype) for z in (q, k, v))
     with torch.autocast("cpu", enabled=False) if slow else nullcontext():
         o = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return o[..., :width].to(keys.v.dtype)
+    return o[..., : keys.v.shape[-1]].to(keys.v.dtype)
+
+
+def _alike(q: Tensor, keys: Keys) -> tuple[Tensor, ...]:
+    """Queries, keys and values, as many heads of the last two, all as wide as the widest."""
+    (k, v), width = _paired(q, keys), max(q.shape[-1], keys.v.shape[-1])
+    return tuple(F.pad(z, (0, width - z.shape[-1])) if z.shape[-1] < width else z for z in (q, k, v))
 
 
 def _keeps(q: Tensor, keys: Keys) -> bool:

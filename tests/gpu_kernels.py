@@ -1,0 +1,128 @@
+"""Torch's attention kernels of a GPU, written out for a CPU: `attnzoo.ops.last_queries` can then run there.
+
+They know what their arguments mean and what the kernels refuse, not how those round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.overrides import TorchFunctionMode
+
+from attnzoo.ops.last_queries import kernel_for
+
+BACK = "_backward"
+FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_efficient_attention_forward"
+
+
+class AsGpu(TorchFunctionMode):
+    """Tensors say that they are on a GPU, which has ``kernel``."""
+
+    def __init__(self, kernel: str | None) -> None:
+        super().__init__()
+        self.kernel, self.asked = kernel, 0
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == Tensor.is_cpu.__get__:
+            return False
+        if func == Tensor.is_cuda.__get__:
+            return True
+        if func is kernel_for:
+            self.asked += 1
+            return self.kernel
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[Counter[str]]:
+    """Counts calls by the operation's name."""
+    library, calls = Library("aten", "IMPL"), Counter()
+
+    def counted(name: str, run: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return run(*args, **kwargs)
+
+        return call
+
+    made = {
+        FLASH: flash,
+        FLASH + BACK: flash_back,
+        EFFICIENT: efficient,
+        EFFICIENT.replace("_forward", BACK): efficient_back,
+    }
+    for name, run in made.items():
+        library.impl(name, counted(name, run), "CPU")
+    try:
+        yield calls
+    finally:
+        library._destroy()
+
+
+def weights(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Of ``(B, H, T, d)`` and ``(B, H, S, d)``, the last query reading all keys; and their lse."""
+    T, S = q.shape[2], k.shape[2]
+    s = (q @ k.mT * scale).masked_fill(torch.ones(T, S, dtype=torch.bool).triu(S - T + 1), float("-inf"))
+    return s.softmax(-1), s.logsumexp(-1)
+
+
+def spread(z: Tensor, heads: int) -> Tensor:
+    return z.repeat_interleave(heads // z.shape[1], dim=1)
+
+
+def gradients(do: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    groups, (B, H, _, d) = k.shape[1], q.shape
+    k, v = spread(k, H), spread(v, H)
+    p, _ = weights(q, k, scale)
+    dp = do @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dk, dv = (z.view(B, groups, H // groups, -1, d).sum(2) for z in (ds.mT @ q, p.mT @ do))
+    return ds @ k, dk, dv
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, causal: bool, debug: bool = False, *, scale: float
+) -> tuple:
+    assert causal and not dropout and not debug and q.dtype == k.dtype == v.dtype
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and k.shape[1] == v.shape[1]
+    p, lse = weights(q, spread(k, q.shape[1]), scale)
+    empty = [q.new_zeros(0) for _ in range(4)]
+    sizes = q.shape[2], k.shape[2]
+    rng = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return p @ spread(v, q.shape[1]), lse.float(), empty[0], empty[1], *sizes, *rng, empty[2]
+
+
+def flash_back(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple:
+    assert rest[7] is True  # causal
+    return gradients(do, q, k, v, scale)
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float, **more: Any) -> tuple:
+    """Of ``(B, T, H, d)``, also what it makes; rows of sums are padded."""
+    assert list(rest[:7]) == [None] * 5 + [0.0, 2] and not any(more.values())
+    assert q.shape[2] == k.shape[2] == v.shape[2] and q.dtype == k.dtype == v.dtype
+    assert all(z.stride(-1) == 1 and z.shape[-1] % 8 == 0 for z in (q, k, v))
+    T, S, (q, k, v) = q.shape[1], k.shape[1], (z.transpose(1, 2) for z in (q, k, v))
+    p, lse = weights(q, k, scale)
+    lse = torch.nn.functional.pad(lse.float(), (0, -T % 32)) if rest[7] else lse.new_zeros(*lse.shape[:2], 0)
+    seed = torch.zeros((), dtype=torch.int64)
+    return (p @ v).transpose(1, 2).contiguous(), lse, seed, seed.clone(), T, S
+
+
+def efficient_back(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, o: Tensor, *rest: Any, scale: float, **more: Any
+) -> tuple:
+    starts, ends, T, S, lse, dropout, _, _, kind, bias_learns = rest
+    assert (bias, starts, ends, dropout, kind, bias_learns) == (None, None, None, 0.0, 2, False)
+    assert (q.shape[1], k.shape[1]) == (T, S) and lse.shape[-1] >= T and o.shape == do.shape == q.shape
+    assert all(z.stride(-1) == 1 for z in (do, q, k, v, o))
+    made = gradients(*(z.transpose(1, 2) for z in (do, q, k, v)), scale)
+    return *(z.transpose(1, 2).contiguous() for z in made), q.new_zeros(0)
