@@ -219,6 +219,46 @@ def test_a_run_as_a_job_goes_on_bitwise_after_a_signal(tmp_path: Path) -> None:
     assert_same(once["optimizer"], twice["optimizer"])
 
 
+def endless(folder: Path, *options: str) -> tuple[Path, str]:
+    """A job whose run takes longer than any test: its run folder, and its number."""
+    run = folder / "run"
+    more = (*HERE, "trainer.max_steps=1000000", f"hydra.run.dir={run}", *options)
+    code, out = shell(folder, "train", *overrides(folder, *more))
+    assert code == 0, out
+    until(lambda: len(logged(run)) > 3)
+    return run, re.match(r"job (\d+): ", out)[1]
+
+
+def test_a_time_limit_stops_a_run_that_then_goes_on(tmp_path: Path) -> None:
+    """SLURM's own signal before its own time limit; both are coarse, a minute is the least it knows."""
+    folder, job = endless(tmp_path, "launcher.slurm.time=1", "launcher.slurm.signal_seconds=20")
+    check_goes_on(folder, job, "SIGUSR1")
+
+
+def test_a_preempted_run_goes_on(tmp_path: Path) -> None:
+    """SLURM takes the job off its node, with SIGTERM, and puts it back into the queue itself."""
+    folder, job = endless(tmp_path)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    check_goes_on(folder, job, "SIGTERM")
+
+
+def check_goes_on(folder: Path, job: str, by: str) -> None:
+    """The job comes back and goes on with the step after its checkpoint's."""
+    try:
+        until(lambda: cluster.queued([job]).get(job) == "PENDING")
+        until(lambda: job not in jobs_here())
+        stopped = json.loads((folder / "summary.json").read_text())
+        assert stopped["status"] == "stopped" and stopped["stopped_by"] == by
+        assert stopped["steps"] == logged(folder)[-1]["step"] > 3
+        hurry(job)
+        until(lambda: len(logged(folder)) > stopped["steps"] + 3)
+    finally:
+        subprocess.run(["scancel", job], check=False, capture_output=True)
+    until(lambda: ended(job) and job not in jobs_here())
+    assert "Restarts=1" in about(job)
+    assert [line["step"] for line in logged(folder)] == list(range(1, len(logged(folder)) + 1))
+
+
 def test_a_job_that_fails_has_the_code_of_its_run(tmp_path: Path) -> None:
     options = (*HERE, "optim.lr=1e9", f"hydra.run.dir={tmp_path / 'run'}", "--wait")
     code, out = shell(tmp_path, "train", *overrides(tmp_path, *options))
