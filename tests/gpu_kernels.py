@@ -97,7 +97,8 @@ def flash(
     empty = [q.new_zeros(0) for _ in range(4)]
     sizes = q.shape[2], k.shape[2]
     rng = torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    return p @ spread(v, q.shape[1]), lse.float(), empty[0], empty[1], *sizes, *rng, empty[2]
+    o = torch.empty_like(q).copy_(p @ spread(v, q.shape[1]))
+    return o, lse.float(), empty[0], empty[1], *sizes, *rng, empty[2]
 
 
 def flash_back(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -15,13 +16,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 import attnzoo
+from attnzoo import Context
+from attnzoo.parallel.context import Span
 from attnzoo.parallel.plan import split_heads
 from attnzoo.parallel.shard import shard
+from attnzoo.parallel.successive import Successive
 from attnzoo.parallel.tensor import Share
 from attnzoo.plan.memory import local_numel, memory
 from attnzoo.plan.setup import Job, Setup
 from attnzoo.train.optim import build_optimizer
 from attnzoo.train.settings import OptimSettings
+from gpu_kernels import AsGpu, kernels_on_cpu
 
 SIZES = {"vocab_size": 96, "dim": 64, "depth": 4, "num_heads": 4}
 KINDS = ("mha", "gqa", "mla", "gated_deltanet", "mamba2", "sliding_window", "moh", "kvt", "cla", "gla")
@@ -74,8 +79,8 @@ def test_shards_are_those_of_fsdp(layout: str, tensor: int) -> None:
     assert found.parameters == 4 * held
 
 
-def measured(model, bf16: bool) -> int:
-    """Bytes that autograd keeps, parameters left out, each storage once."""
+def kept(model, run: Callable[[], torch.Tensor]) -> int:
+    """Bytes that autograd keeps of ``run``, parameters left out, each storage once."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -84,7 +89,7 @@ def measured(model, bf16: bool) -> int:
         return z
 
     with saved_tensors_hooks(pack, lambda z: z):
-        loss = loss_of(model, bf16=bf16)
+        loss = run()
     total = sum(z.untyped_storage().nbytes() for at, z in kept.items() if at not in known)
     assert loss.isfinite()
     return total
@@ -96,8 +101,44 @@ def test_activations_are_what_autograd_keeps(layout: str, bf16: bool) -> None:
     one = job(layout, bf16=bf16)
     traced = one.traced(Setup(rows=ROWS))
     counted = sum(p.saved for p in traced.blocks) + traced.ends.saved
-    found = measured(real(layout), bf16)
+    model = real(layout)
+    found = kept(model, lambda: loss_of(model, bf16=bf16))
     assert counted <= found * 1.01 and found <= (counted + traced.tables) * 1.01
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("layout", ["mha", "gqa", "mla"])
+def test_the_last_rank_of_a_sequence_keeps_its_rows_and_all_keys(layout: str, bf16: bool) -> None:
+    """On a GPU, by its kernels: nothing of T/c x T."""
+    ranks, model, link = 4, real(layout), Successive()
+    tokens = torch.randint(SIZES["vocab_size"], (ROWS, LENGTH))
+
+    def run(rank: int) -> torch.Tensor:
+        span = Span(rank, ranks, link.channel())
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            y = model(tokens, Context(span=span))
+            return cross_entropy(y.flatten(0, 1), span.cut(tokens).flatten(), reduction="sum")
+
+    with kernels_on_cpu() as calls, AsGpu("flash" if bf16 else "efficient"):
+        for rank in range(ranks - 1):
+            run(rank)
+        found = kept(model, lambda: run(ranks - 1))
+    assert sum(calls.values()) == SIZES["depth"] * (ranks - 1)
+    traced = job(layout, bf16=bf16, gpu=True).traced(Setup(ranks, "fsdp", context=ranks, rows=ROWS))
+    counted = sum(p.saved for p in traced.blocks) + traced.ends.saved
+    assert counted <= found * 1.01 and found <= (counted + traced.tables) * 1.01
+
+
+@pytest.mark.parametrize("layout", ["mha", "gqa", "mla"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_memory_grows_evenly_with_shared_sequences(layout: str, bf16: bool) -> None:
+    sizes = []
+    for length in (2048, 4096):
+        one = Job({"layout": layout, **SIZES}, length, bf16=bf16, gpu=True)
+        traced = one.traced(Setup(8, "fsdp", context=8))
+        sizes.append((traced.tables, traced.blocks[1].saved, traced.blocks[1].backward))
+    for few, many in zip(*sizes, strict=True):
+        assert many < 2.1 * few
 
 
 def peak_of(run) -> int:
