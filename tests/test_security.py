@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
-from attnzoo.cli import main
+from attnzoo.cli import explain, main
 from attnzoo.cli.tree import path_part
 from attnzoo.compare.runs import _config
 from attnzoo.data import load_tokenizer
@@ -26,6 +27,7 @@ from attnzoo.train.checkpoint import find_checkpoint, read_checkpoint
 from attnzoo.train.guard import RunFailed
 from attnzoo.train.module import LanguageModule
 from attnzoo.train.store import write_atomic
+from children import run_child, start_ranks
 from runs import overrides, train
 
 SECRET = "s3cr3t-of-the-environment"
@@ -282,6 +284,137 @@ def test_no_error_says_a_secret(
     assert cell_error(RunFailed(f"no room at {SECRET}")) == "no room at ***"
     said = "".join(capfd.readouterr())
     assert said.count("error: no room at ***") == 2 and SECRET not in said
+
+
+HOSTILE = [  # a secret of the environment, and what says it
+    (SECRET, f"GET https://me:pw@host/x?token=tok3n&n=1 failed with {SECRET}"),
+    (SECRET, {SECRET: 1}),
+    ("it's \"\\ hard/to+hide", "it's \"\\ hard/to+hide"),
+    ("it's \"\\ hard/to+hide", ("it's \"\\ hard/to+hide",)),
+    ("it's hard/to+hide", "https://host/it%27s%20hard/to%2Bhide and it%27s%20hard%2Fto%2Bhide"),
+    ('{"key": "ab\\ncd"}', json.dumps({"sent": '{"key": "ab\\ncd"}'})),
+    ("-- BEGIN --\n  AAAABBBBCCCC\n-- END --\n", "cannot read\n-- BEGIN --\n  AAAABBBBCCCC\n-- END --\n."),
+    ("-- BEGIN --\n  AAAABBBBCCCC\n-- END --\n", "| -- BEGIN --\n|   AAAABBBBCCCC\n| -- END --"),
+]
+LEFT = (SECRET, "me:pw", "tok3n", "hard", "ncd", "AAAA", "BEGIN")  # none of it may be said
+
+
+@pytest.mark.parametrize(("secret", "said"), HOSTILE)
+def test_a_trace_holds_no_secret(
+    secret: str, said: object, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Of an error, of its cause, and in one line."""
+    monkeypatch.setenv("ZOO_API_KEY", secret)
+    monkeypatch.setenv("ATTNZOO_TRACEBACK", "1")
+    try:
+        try:
+            raise LookupError(said)
+        except LookupError as cause:
+            raise RuntimeError(said) from cause
+    except RuntimeError as error:
+        code, line = explain(error)
+    err = capfd.readouterr().err
+    assert code == 1 and err.count("Traceback (most recent call last):") == 2
+    assert "raise LookupError(said)\nLookupError: " in err and "***" in err and "***" in line
+    for part in LEFT:
+        assert part not in err and part not in line
+
+
+BROKEN = f"""
+import sys, threading
+import attnzoo.cli as cli
+
+class Gone:
+    def __del__(self):
+        raise OSError("closed by {SECRET}")
+
+def thread():
+    raise LookupError("read by {SECRET}")
+
+def report(error):
+    Gone()
+    other = threading.Thread(target=thread, name="reader")
+    other.start()
+    other.join()
+    silent = threading.Thread(target=sys.exit)
+    silent.start()
+    silent.join()
+    raise MemoryError("said by {SECRET}") from error
+
+cli.report = report
+sys.exit(cli.main())
+"""
+
+
+def test_what_nobody_catches_says_no_secret(tmp_path: Path) -> None:
+    """In the main thread, in another one, and where an exception can only be printed."""
+    (tmp_path / "broken_zoo.py").write_text(BROKEN)
+    ended = subprocess.run(
+        [sys.executable, "-m", "broken_zoo", "nothing"],
+        cwd=tmp_path,
+        env=os.environ
+        | {"ZOO_API_KEY": SECRET, "PYTHONPATH": os.pathsep.join(["", *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1 and SECRET not in ended.stdout + ended.stderr
+    for line in (
+        "OSError: closed by ***",
+        "Exception in thread reader:",
+        "LookupError: read by ***",
+        "MemoryError: said by ***",
+    ):
+        assert ended.stderr.splitlines().count(line) == 1, ended.stderr
+    assert ended.stderr.count("Exception in thread ") == 1  # one that only ends is no error
+    assert ', in thread\n    raise LookupError("read by ***")\n' in ended.stderr
+
+
+def breaks(where: str, arguments: list[str]) -> None:
+    """`attnzoo`, with a bug whose message holds the secret, in a data worker or in rank 1."""
+    from attnzoo.train import batches
+
+    def fails(*args: object) -> None:
+        raise LookupError(f"asked https://{SECRET}@host and {SECRET}")
+
+    if where == "worker":
+        batches.collate = fails
+    elif os.environ["RANK"] == "1":
+        LanguageModule.training_step = fails
+    sys.exit(main([*arguments, "--traceback"]))
+
+
+@pytest.mark.multi
+def test_a_data_worker_says_no_secret(tmp_path: Path) -> None:
+    arguments = ["train", *overrides(tmp_path, "data.num_workers=1", f"hydra.run.dir={tmp_path / 'run'}")]
+    ended = run_child(breaks, "worker", arguments, env={"ZOO_API_KEY": SECRET}, cwd=tmp_path)
+    assert ended.returncode == 1 and "LookupError: asked https://***@host and ***" in ended.stderr, ended
+    assert "Caught LookupError in DataLoader worker process 0" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: step 1: data worker 0: LookupError: asked ")
+    assert not said_in(tmp_path, ended.stdout, ended.stderr)
+
+
+@pytest.mark.multi
+@pytest.mark.slow
+def test_no_rank_says_a_secret(tmp_path: Path) -> None:
+    options = (
+        "launcher.devices=2",
+        "launcher.strategy=ddp",
+        "launcher.accelerator=cpu",
+        "launcher.timeout=6",
+    )
+    arguments = ["train", *overrides(tmp_path, *options, f"hydra.run.dir={tmp_path / 'run'}")]
+    ranks = start_ranks(breaks, "rank", arguments, env={"ZOO_API_KEY": SECRET}, cwd=tmp_path)
+    for end in [rank.wait() for rank in ranks]:
+        assert end.returncode == 1 and "asked https://***@host and ***" in end.stderr, end
+        assert "Traceback (most recent call last):" in end.stderr
+        assert not said_in(tmp_path, end.stdout, end.stderr)
+
+
+def said_in(folder: Path, *texts: str) -> list[str]:
+    """Where the secret is: files of a folder, and texts."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    found = [path.name for path in files if SECRET.encode() in path.read_bytes()]
+    return found + [text for text in texts if SECRET in text]
 
 
 def test_a_run_folder_from_elsewhere_gets_nothing_of_the_environment(

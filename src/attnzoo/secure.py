@@ -8,12 +8,16 @@ lightning that are callbacks or loggers, and for nothing else. Only the user's o
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 PACKAGES = ("attnzoo", "torch", "lightning", "pytorch_lightning")
 VARIABLE = "ATTNZOO_ALLOW_TARGETS"
@@ -63,37 +67,73 @@ def build(node: Any, kind: type, field: str, allow: tuple[str, ...] = ()) -> Any
     Raises:
         ValueError: the target is outside of them, no class of that kind, or refuses its arguments.
     """
-    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        raise ValueError(f"{field}: must name a class as _target_, got {node!r}; or set it to null")
-    found = _resolve(node["_target_"], (*PACKAGES, *allow), f"{field}._target_")
-    if not issubclass(found, kind):
-        raise ValueError(f"{field}._target_: must be a {kind.__name__}, got {node['_target_']!r}")
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
-    for key in arguments:
-        if str(key).startswith("_"):
-            raise ValueError(f"{field}.{key}: arguments have no underscore in front, got {arguments[key]!r}")
+    found = check(node, kind, field, allow)
     try:
-        return found(**{key: _argument(value, f"{field}.{key}", allow) for key, value in arguments.items()})
+        return found(**{key: _made(value, f"{field}.{key}", allow) for key, value in _arguments(node)})
     except TypeError as error:
         raise ValueError(f"{field}: {found.__name__} does not take these arguments: {error}") from error
 
 
-def _argument(value: Any, field: str, allow: tuple[str, ...]) -> Any:
-    """A value as it is. Objects inside are of the user's own packages: some of torch's read pickles."""
+def check(
+    node: Any, kind: type, field: str, allow: tuple[str, ...] = (), packages: tuple[str, ...] = PACKAGES
+) -> type:
+    """The class of a node, whose targets are all allowed; nothing is built.
+
+    Args:
+        packages: whose classes the node itself may name, beside ``allow``; those inside of its arguments
+            are of ``allow`` only, because some of torch's read pickles.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ValueError(f"{field}: must name a class as _target_, got {node!r}; or set it to null")
+    found = resolve(node["_target_"], (*packages, *allow), f"{field}._target_")
+    if not issubclass(found, kind):
+        raise ValueError(f"{field}._target_: must be a {kind.__name__}, got {node['_target_']!r}")
+    for key, value in _arguments(node):
+        if str(key).startswith("_"):
+            raise ValueError(f"{field}.{key}: arguments have no underscore in front, got {value!r}")
+        check_inside(value, f"{field}.{key}", allow)
+    return found
+
+
+def check_inside(value: Any, field: str, allow: tuple[str, ...]) -> None:
+    """Raise a ValueError if a value holds, at any depth, a target that is not of the user's own packages."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             if not isinstance(value["_target_"], str):
                 raise ValueError(f"{field}._target_: must be the name of a class, got {value['_target_']!r}")
-            _resolve(value["_target_"], allow, f"{field}._target_")
+            check(value, object, field, allow, ())
+        else:
+            for key, inner in value.items():
+                check_inside(inner, f"{field}.{key}", allow)
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            check_inside(inner, f"{field}[{i}]", allow)
+
+
+def _arguments(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in node.items() if key != "_target_"]
+
+
+def _made(value: Any, field: str, allow: tuple[str, ...]) -> Any:
+    """A value as it is, with the objects inside."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
             return build(value, object, field, allow)
-        return {key: _argument(inner, f"{field}.{key}", allow) for key, inner in value.items()}
+        return {key: _made(inner, f"{field}.{key}", allow) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_argument(inner, f"{field}[{i}]", allow) for i, inner in enumerate(value)]
+        return [_made(inner, f"{field}[{i}]", allow) for i, inner in enumerate(value)]
     return value
 
 
-def _resolve(target: str, packages: tuple[str, ...], field: str) -> type:
-    """The class of that name: an attribute of a module, both inside the allowed packages."""
+def resolve(target: str, packages: tuple[str, ...], field: str) -> type:
+    """The class of that name: an attribute of a module, both inside the allowed packages.
+
+    Raises:
+        ValueError: there is no such class, or it is outside of them, where nothing is imported.
+    """
     way = f"add its package by allow_targets=[...] on the command line, or {VARIABLE}, if you trust it"
     inside = ", ".join(packages) or "what the user allows"
     refused = ValueError(f"{field}: {target!r} is not inside {inside}; {way}")
@@ -142,7 +182,7 @@ def secrets_in(value: Any, key: str = "") -> Iterator[str]:
 
 
 def redact_text(text: str) -> str:
-    """The text without credentials in URLs and secrets of the environment."""
+    """The text without credentials in URLs and secrets of the environment, as they are or quoted."""
     for secret in _environment_secrets():
         text = text.replace(secret, HIDDEN)
     return _SECRET_IN_URL.sub(rf"\g<1>{HIDDEN}", _USER_IN_URL.sub(f"{HIDDEN}@", text))
@@ -174,6 +214,36 @@ def is_secret(name: str) -> bool:
     return bool(words) and words[-1].lower() in SECRET
 
 
+def print_error(error: BaseException) -> None:
+    """Python's traceback on stderr, without secrets."""
+    print(redact_text("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
+
+
+def redact_tracebacks() -> None:
+    """Let this process print by `print_error` what nobody catches: in any thread, and where none can."""
+
+    def of_process(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        print_error(error)
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            name = args.thread.name if args.thread else "unknown"
+            print(redact_text(f"Exception in thread {name}:"), file=sys.stderr)
+            print_error(args.exc_value)
+
+    def unraisable(args: Any) -> None:
+        print(redact_text(f"{args.err_msg or 'Exception ignored in'}: {args.object!r}"), file=sys.stderr)
+        if args.exc_value is not None:
+            print_error(args.exc_value)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = of_process, of_thread, unraisable
+
+
 def _environment_secrets() -> list[str]:
-    found = {value for name, value in os.environ.items() if len(value) >= SHORTEST and is_secret(name)}
+    """Longest first; also as messages quote them, and by their lines, because messages are taken apart."""
+    found = set()
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and is_secret(name):
+            found |= {value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value), quote(value, safe="")}
+            found |= {line.strip() for line in value.splitlines() if len(line.strip()) >= SHORTEST}
     return sorted(found, key=len, reverse=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from attnzoo.secure import redact_text
+from attnzoo.secure import print_error, redact_text, redact_tracebacks
 
 USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 TRAIN_HELP = "train a model: attnzoo train [group=choice] [key=value] [-m] [--cfg job]"
@@ -26,8 +25,11 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Mistakes become one line on stderr, without a stack trace.
 
-    ``--traceback`` or the environment's ``ATTNZOO_TRACEBACK=1`` show the stack trace too.
+    ``--traceback`` or the environment's ``ATTNZOO_TRACEBACK=1`` show the stack trace too. Without
+    ``arguments`` the process is the command's own, and prints no secret in the trace of an uncaught error.
     """
+    if arguments is None:
+        redact_tracebacks()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--traceback" in arguments:
         arguments.remove("--traceback")
@@ -56,7 +58,7 @@ def report(error: Exception) -> int:
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code that an error stands for, and its line."""
     if os.environ.get("ATTNZOO_TRACEBACK") == "1":
-        traceback.print_exception(error)
+        print_error(error)
     code, text = RUN_ERROR, str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("attnzoo"):
         text = f"a package is missing: {error.name or text}; pip install 'attnzoo[all]' brings it"
@@ -64,7 +66,8 @@ def explain(error: Exception) -> tuple[int, str]:
         code = USAGE_ERROR
     elif type(error).__name__ != "RunFailed":
         text = f"{type(error).__name__}: {text}; --traceback shows where"
-    return code, redact_text("; ".join(line.strip() for line in text.splitlines() if line.strip()))
+    # before lines are put together, because a secret may have several
+    return code, "; ".join(line.strip() for line in redact_text(text).splitlines() if line.strip())
 
 
 def _command(module: str, name: str) -> Callable[..., int]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from attnzoo.cli import RUN_ERROR, explain
 from attnzoo.cli.overrides import order
+from attnzoo.cli.targets import checked_compositions
 from attnzoo.cli.tree import config_folder, plain_errors, store_variants
 from attnzoo.cluster.ranks import Team, join, place
 from attnzoo.signals import exit_code
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from attnzoo.train.prepare import Run
 
 STOPPED = exit_code(0)  # codes from here on are of signals
+PICKLED = "--experimental-rerun"  # Hydra's, which would run what a pickle says
 
 
 def train(arguments: list[str]) -> int:
@@ -48,24 +50,30 @@ def train(arguments: list[str]) -> int:
 def _train(team: Team, arguments: list[str]) -> int:
     command_line = sys.argv
     codes: list[int] = []
+    failed: list[Exception] = []  # kept from Hydra, which would print the whole command line
     wait, given = "--wait" in arguments, [argument for argument in arguments if argument != "--wait"]
 
     @hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")
     def job(config: DictConfig) -> None:
         if codes and codes[-1] >= STOPPED:
             return  # what stopped one job of a multirun stops the others
-        team.begin(given, config.run_dir)
-        with _argv(command_line):  # Lightning starts further ranks with it
-            codes.append(team.end(*_one(config, given, wait)))
+        try:
+            team.begin(given, config.run_dir)
+            with _argv(command_line):  # Lightning starts further ranks with it
+                codes.append(team.end(*_one(config, given, wait)))
+        except Exception as error:
+            failed.append(error)
 
     _check_flags(team, given)
     followed = team.follow(given)
     if followed is None:
         return team.end(RUN_ERROR)
     store_variants()
-    with plain_errors(), _argv(["attnzoo train", *order(followed)]), _raw_errors():
+    with plain_errors(), _argv(["attnzoo train", *order(followed)]), _raw_errors(), checked_compositions():
         try:
             job()
+            if failed:
+                raise failed[0]
         except OSError as error:  # Hydra's, which makes the folder before the run begins
             if error.filename is None:  # of a choice that there is not, which is an IOError of its own
                 raise
@@ -131,7 +139,7 @@ def _check_flags(team: Team, arguments: list[str]) -> None:
             f"-m: the {team.world} processes here are for one run, got a multirun; use attnzoo sweep"
         )
     parser = get_args_parser()
-    known = {flag for action in parser._actions for flag in action.option_strings}
+    known = {flag for action in parser._actions for flag in action.option_strings} - {PICKLED}
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("-") and flag not in known:
