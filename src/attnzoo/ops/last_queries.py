@@ -53,7 +53,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return None
     if can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, k.shape[1] != q.shape[1])):
         return "flash"
-    k, v = (_per_head(z, q.shape[1]) for z in (k, v))
+    k, v = (z[:, :1].expand(-1, q.shape[1], -1, -1) for z in (k, v))  # of the shape that it will get
     return "efficient" if can_use_efficient_attention(SDPAParams(q, k, v, None, 0.0, False, False)) else None
 
 
