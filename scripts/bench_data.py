@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import itertools
 import json
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
 from typing import Any
 
 import datasets
-import numpy
-import torch
+from machine import machine
 
-import attnzoo
 from attnzoo.data import Corpus, build_data
 from attnzoo.data.config import parse_data, parse_tokenizer
 from attnzoo.data.corpora import texts_of
@@ -84,22 +80,6 @@ def measure(corpora: dict[str, Corpus], rounds: int) -> dict[str, list[float]]:
     return speeds
 
 
-def machine() -> dict[str, str]:
-    """Where and when: the last columns of every row."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": cpu or platform.processor(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "datasets": datasets.__version__,
-        "attnzoo": attnzoo.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
@@ -127,7 +107,7 @@ def main() -> None:
                     "seq_len": SEQ_LEN,
                     "megabytes": options.megabytes,
                     "rounds": options.rounds,
-                    **machine(),
+                    **machine("numpy", "datasets"),
                 }
             )
             print(json.dumps(dict(itertools.islice(rows[-1].items(), 6))), flush=True)

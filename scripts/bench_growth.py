@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_train import _peak, machine, save, show
+from bench_train import _peak, save, show
 
 import attnzoo
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(rows[-1], flush=True)
     growth(rows)
     show(rows)
-    save(options.out, [row | machine() for row in rows])
+    save(options.out, rows)
 
 
 if __name__ == "__main__":

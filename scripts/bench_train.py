@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
-import platform
 import resource
 import statistics
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from machine import machine
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -238,38 +237,13 @@ def speed(seconds: Sequence[float], shape: Shape) -> int:
     return round(shape.batch * shape.seq_len / statistics.median(seconds))
 
 
-def machine() -> dict[str, str]:
-    """Where and when: the last columns of every row."""
-    import transformers
-
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "attnzoo": attnzoo.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
 
 
 def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    rows = [row | machine() for row in rows]
+    rows = [row | machine("transformers", threads=torch.get_num_threads()) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

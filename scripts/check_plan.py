@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from machine import machine
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -259,20 +258,6 @@ def memory_rows(layouts: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def about() -> dict[str, str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": str(CORES),
-        "torch": torch.__version__,
-        "attnzoo": attnzoo.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -285,9 +270,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for world in SETUPS:
             mp.spawn(work, (world, folder, layouts, rounds), nprocs=world)
         rows = [*step_rows(Path(folder)), *memory_rows(layouts)]
-    rows = [row | about() for row in rows]
+    rows = [row | machine(cores=CORES) for row in rows]
     for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items() if key not in about()))
+        print("  ".join(f"{key}={value}" for key, value in row.items() if key not in machine(cores=CORES)))
     if args.quick:
         return
     names = list(rows[0])

@@ -17,9 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from machine import machine  # noqa: E402
+
 from exact_resume import Cell, full_matrix, run_cell  # noqa: E402
 
-COLUMNS = ("variant", "optimiser", "processes", "workers", "first", "second", "hits", "differences")
+CELL = ("variant", "optimiser", "processes", "workers", "first", "second")
 
 
 def main() -> int:
@@ -29,7 +31,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="cells to run at most")
     options = parser.parse_args()
     rows = _rows(options.out)
-    done = {tuple(row[key] for key in COLUMNS[:6]) for row in rows}
+    done = {tuple(row[key] for key in CELL) for row in rows}
     missing = [cell for cell in full_matrix() if tuple(map(str, asdict(cell).values())) not in done]
     with tempfile.TemporaryDirectory(prefix="exact-resume-") as folder:
         for cell in missing[: options.limit]:
@@ -42,7 +44,8 @@ def main() -> int:
 def _row(cell: Cell, folder: Path) -> dict[str, str]:
     result = run_cell(cell, folder)
     told = {key: str(value) for key, value in asdict(cell).items()}
-    return told | {"hits": result["hits"], "differences": "; ".join(result["differences"])}
+    found = {"hits": result["hits"], "differences": "; ".join(result["differences"])}
+    return told | found | machine()
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -55,7 +58,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
 def _write(file: Path, rows: list[dict[str, str]]) -> None:
     part = file.with_name(f".{file.name}.tmp")
     with part.open("w", newline="") as opened:
-        table = csv.DictWriter(opened, COLUMNS)
+        table = csv.DictWriter(opened, rows[0].keys())
         table.writeheader()
         table.writerows(rows)
     part.replace(file)

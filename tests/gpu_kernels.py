@@ -1,6 +1,6 @@
-"""Torch's attention kernels of a GPU, written out for a CPU: `attnzoo.ops.last_queries` can then run there.
+"""Torch's flash attention of a GPU, written out for a CPU: `attnzoo.ops.last_queries` can then run there.
 
-They know what their arguments mean and what the kernels refuse, not how those round.
+It knows what its arguments mean and what the kernel refuses, not how that rounds.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.library import Library
 from torch.overrides import TorchFunctionMode
 
-from attnzoo.ops.last_queries import kernel_for
+from attnzoo.ops.last_queries import takes
 
 BACK = "_backward"
-FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_efficient_attention_forward"
+FLASH = "_scaled_dot_product_flash_attention"
 
 
 class AsGpu(TorchFunctionMode):
-    """Tensors say that they are on a GPU, which has ``kernel``."""
+    """Tensors say that they are on a GPU, whose flash attention ``takes`` them or not."""
 
-    def __init__(self, kernel: str | None) -> None:
+    def __init__(self, takes: bool = True) -> None:
         super().__init__()
-        self.kernel, self.asked = kernel, 0
+        self.takes, self.asked = takes, 0
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -35,15 +35,15 @@ class AsGpu(TorchFunctionMode):
             return False
         if func == Tensor.is_cuda.__get__:
             return True
-        if func is kernel_for:
+        if func is takes:
             self.asked += 1
-            return self.kernel
+            return self.takes
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def kernels_on_cpu() -> Iterator[Counter[str]]:
-    """Counts calls by the operation's name."""
+def flash_on_cpu() -> Iterator[Counter[str]]:
+    """Counts its calls, and those for its gradients, by the operation's name."""
     library, calls = Library("aten", "IMPL"), Counter()
 
     def counted(name: str, run: Callable) -> Callable:
@@ -53,13 +53,7 @@ def kernels_on_cpu() -> Iterator[Counter[str]]:
 
         return call
 
-    made = {
-        FLASH: flash,
-        FLASH + BACK: flash_back,
-        EFFICIENT: efficient,
-        EFFICIENT.replace("_forward", BACK): efficient_back,
-    }
-    for name, run in made.items():
+    for name, run in {FLASH: flash, FLASH + BACK: flash_back}.items():
         library.impl(name, counted(name, run), "CPU")
     try:
         yield calls
@@ -104,26 +98,3 @@ def flash(
 def flash_back(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> tuple:
     assert rest[7] is True  # causal
     return gradients(do, q, k, v, scale)
-
-
-def efficient(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float, **more: Any) -> tuple:
-    """Of ``(B, T, H, d)``, also what it makes; rows of sums are padded."""
-    assert list(rest[:7]) == [None] * 5 + [0.0, 2] and not any(more.values())
-    assert q.shape[2] == k.shape[2] == v.shape[2] and q.dtype == k.dtype == v.dtype
-    assert all(z.stride(-1) == 1 and z.shape[-1] % 8 == 0 for z in (q, k, v))
-    T, S, (q, k, v) = q.shape[1], k.shape[1], (z.transpose(1, 2) for z in (q, k, v))
-    p, lse = weights(q, k, scale)
-    lse = torch.nn.functional.pad(lse.float(), (0, -T % 32)) if rest[7] else lse.new_zeros(*lse.shape[:2], 0)
-    seed = torch.zeros((), dtype=torch.int64)
-    return (p @ v).transpose(1, 2).contiguous(), lse, seed, seed.clone(), T, S
-
-
-def efficient_back(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, o: Tensor, *rest: Any, scale: float, **more: Any
-) -> tuple:
-    starts, ends, T, S, lse, dropout, _, _, kind, bias_learns = rest
-    assert (bias, starts, ends, dropout, kind, bias_learns) == (None, None, None, 0.0, 2, False)
-    assert (q.shape[1], k.shape[1]) == (T, S) and lse.shape[-1] >= T and o.shape == do.shape == q.shape
-    assert all(z.stride(-1) == 1 for z in (do, q, k, v, o))
-    made = gradients(*(z.transpose(1, 2) for z in (do, q, k, v)), scale)
-    return *(z.transpose(1, 2).contiguous() for z in made), q.new_zeros(0)

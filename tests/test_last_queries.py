@@ -1,6 +1,4 @@
-"""Fewer queries than keys on a GPU: the kernels that are called instead of a table, run on a CPU as torch
-defines them; and themselves where there is a GPU.
-"""
+"""Fewer queries than keys on a GPU: flash attention, no table. Written out for a CPU; on a GPU, itself."""
 
 from __future__ import annotations
 
@@ -20,12 +18,11 @@ from attnzoo.attention.stages.mask import Causal, band
 from attnzoo.attention.timeline import Axis
 from attnzoo.ops import Keys, attention
 from attnzoo.ops import last_queries as module
-from attnzoo.ops.last_queries import kernel_for, last_queries
+from attnzoo.ops.last_queries import last_queries, takes
 from attnzoo.parallel.context import Span
 from attnzoo.parallel.successive import Successive
-from gpu_kernels import EFFICIENT, FLASH, AsGpu, kernels_on_cpu
+from gpu_kernels import FLASH, AsGpu, flash_on_cpu
 
-OPS = {"flash": FLASH, "efficient": EFFICIENT}
 T, S = 5, 14
 SHAPES = [(4, 4, 8, 8), (4, 2, 6, 5), (4, 2, 5, 9), (4, 1, 16, 8), (3, 3, 12, 12)]  # H, G, d, d_v
 
@@ -53,55 +50,52 @@ def check(run: Callable, want: Callable, *given: Tensor, close: float = 1e-12) -
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kernel", OPS)
-def test_equals_dense_attention(kernel: str, shape: tuple[int, int, int, int]) -> None:
+def test_equals_dense_attention(shape: tuple[int, int, int, int]) -> None:
     H, G, d, d_v = shape
     q, k, v = draw(2, H, T, d), draw(2, G, S, d), draw(2, G, S, d_v)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with AsGpu(kernel):
+        with AsGpu():
             return attention(q, Keys(k, v), scale=0.3)
 
     with (
-        kernels_on_cpu() as calls,
+        flash_on_cpu() as calls,
         mock.patch.object(Causal, "visible", side_effect=AssertionError("a table")),
     ):
         check(run, lambda *z: dense(*z, 0.3), q, k, v)
-    assert calls[OPS[kernel]] == 1 and sum(calls.values()) == 2
+    assert calls[FLASH] == 1 and sum(calls.values()) == 2
 
 
-@pytest.mark.parametrize("kernel", OPS)
-def test_heads_that_are_mapped(kernel: str) -> None:
+def test_heads_that_are_mapped() -> None:
     q, k, v = draw(1, 4, T, 8), draw(1, 3, S, 8), draw(1, 2, S, 8)
     k_map, v_map = torch.tensor([2, 0, 1, 2]), torch.tensor([1, 1, 0, 0])
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with AsGpu(kernel):
+        with AsGpu():
             return attention(q, Keys(k, v, k_map=k_map, v_map=v_map), scale=0.3)
 
-    with kernels_on_cpu():
+    with flash_on_cpu():
         check(run, lambda q, k, v: dense(q, k[:, k_map], v[:, v_map], 0.3), q, k, v)
 
 
 def test_is_what_torch_calls_causal_lower_right() -> None:
     q, k, v = draw(2, 2, T, 8), draw(2, 2, S, 8), draw(2, 2, S, 8)
     want = scaled_dot_product_attention(q, k, v, causal_lower_right(T, S))
-    with kernels_on_cpu(), AsGpu("flash"):
+    with flash_on_cpu(), AsGpu():
         torch.testing.assert_close(last_queries(q, k, v, 8**-0.5), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runs_in_the_dtype_of_autocast(kernel: str, dtype: torch.dtype) -> None:
+def test_runs_in_the_dtype_of_autocast(dtype: torch.dtype) -> None:
     """Values decide, as elsewhere; what comes back has their dtype."""
     q, k, v = draw(1, 2, T, 8, dtype=torch.float32), draw(1, 2, S, 8, dtype=torch.float32), draw(1, 2, S, 8)
     v = v.detach().to(dtype)
     cast = torch.autocast("cpu", torch.bfloat16)
     with (
-        kernels_on_cpu(),
-        AsGpu(kernel),
+        flash_on_cpu(),
+        AsGpu(),
         cast,
-        mock.patch.object(module, "kernel_for", wraps=kernel_for) as asked,
+        mock.patch.object(module, "takes", wraps=takes) as asked,
     ):
         o = attention(q, Keys(k, v))
     assert [z.dtype for z in asked.call_args.args] == [torch.bfloat16] * 3 and o.dtype == dtype
@@ -113,7 +107,7 @@ def test_only_plain_causal_attention_of_aligned_keys_of_one_document_is_asked_fo
     q, k, v = draw(1, 2, T, 8), draw(1, 2, S, 8), draw(1, 2, S, 8)
     places, docs = torch.arange(S)[None], torch.tensor([[0] * 11 + [1] * 3])
     packed, query = Axis(places, docs), Axis(places[:, -T:], docs[:, -T:])
-    with AsGpu("flash") as gpu, kernels_on_cpu() as calls:
+    with AsGpu() as gpu, flash_on_cpu() as calls:
         attention(q, Keys(k, v), mask=band(13))
         attention(q, Keys(k, v, aligned=False))
         attention(q, Keys(k, v, packed), query=query)
@@ -124,50 +118,44 @@ def test_only_plain_causal_attention_of_aligned_keys_of_one_document_is_asked_fo
         assert gpu.asked == 0 and not calls
         attention(q, Keys(k, v))
     assert gpu.asked == 1 and calls[FLASH] == 1
-    assert kernel_for(q, k, v) is None, "a CPU has none of them"
+    assert not takes(q, k, v), "a CPU has none"
 
 
-@pytest.mark.parametrize("takes", [None, "flash", "efficient"])
-def test_falls_back_on_the_table_where_no_kernel_is(takes: str | None) -> None:
-    """Also tells what each is asked: flash reads shared heads, the other one head per query head."""
-    q, k, v = draw(1, 4, T, 8), draw(1, 2, S, 8), draw(1, 2, S, 8)
-    heads = []
+@pytest.mark.parametrize("answer", [True, False])
+def test_torch_decides_whether_it_takes_them(answer: bool) -> None:
+    q, k, v, asked = draw(1, 4, T, 8), draw(1, 2, S, 8), draw(1, 2, S, 8), []
 
-    def answer(name: str) -> Callable[..., bool]:
-        def can(params: object) -> bool:
-            heads.append((name, params.key.shape[1], params.value.shape[1], params.enable_gqa))
-            assert not params.is_causal and params.attn_mask is None and params.query.shape[1] == 4
-            return name == takes
+    def can(params: object) -> bool:
+        asked.append((params.query.shape[1], params.key.shape[1], params.value.shape[1], params.enable_gqa))
+        assert not params.is_causal and params.attn_mask is None
+        return answer
 
-        return can
-
-    with (
-        mock.patch.object(module, "can_use_flash_attention", answer("flash")),
-        mock.patch.object(module, "can_use_efficient_attention", answer("efficient")),
-    ):
-        assert kernel_for(q, k, v) == takes
-        assert heads == [("flash", 2, 2, True), ("efficient", 4, 4, False)][: 1 if takes == "flash" else 2]
+    with mock.patch.object(module, "can_use_flash_attention", can):
+        assert takes(q, k, v) == answer and asked == [(4, 2, 2, True)]
+        assert takes(q, q, q) == answer and asked[1] == (4, 4, 4, False)
         with mock.patch.object(torch.version, "hip", "7.0"):
-            assert kernel_for(q, k, v) is None
-    if takes is None:
-        with AsGpu(None), kernels_on_cpu() as calls:
-            got = attention(q, Keys(k, v), scale=0.3)
-        torch.testing.assert_close(got, dense(q, k, v, 0.3), rtol=1e-12, atol=1e-12)
-        assert not calls
+            assert not takes(q, k, v)
 
 
-@pytest.mark.parametrize("kernel", OPS)
-def test_operations_are_counted(kernel: str) -> None:
+def test_a_table_is_made_where_it_does_not() -> None:
     q, k, v = draw(1, 4, T, 8), draw(1, 2, S, 8), draw(1, 2, S, 8)
-    with kernels_on_cpu(), FlopCounterMode(display=False) as counter, AsGpu(kernel):
+    with AsGpu(False), flash_on_cpu() as calls:
+        got = attention(q, Keys(k, v), scale=0.3)
+    torch.testing.assert_close(got, dense(q, k, v, 0.3), rtol=1e-12, atol=1e-12)
+    assert not calls
+
+
+def test_operations_are_counted() -> None:
+    q, k, v = draw(1, 4, T, 8), draw(1, 2, S, 8), draw(1, 2, S, 8)
+    with flash_on_cpu(), FlopCounterMode(display=False) as counter, AsGpu():
         o = attention(q, Keys(k, v))
         ahead = counter.get_total_flops()
         o.sum().backward()
     assert ahead == 2 * 2 * 4 * T * S * 8 and counter.get_total_flops() == ahead * 3.5
 
 
-@pytest.mark.parametrize("kernel", [None, *OPS])
-def test_compiles_in_one_graph(kernel: str | None) -> None:
+@pytest.mark.parametrize("taken", [True, False])
+def test_compiles_in_one_graph(taken: bool) -> None:
     q, k, v = (draw(1, n, m, 6, dtype=torch.float32) for n, m in ((4, T), (2, S), (2, S)))
     table = torch.ones(T, S, dtype=torch.bool).tril(S - T)
 
@@ -178,67 +166,53 @@ def test_compiles_in_one_graph(kernel: str | None) -> None:
 
     torch._dynamo.reset()
     with (
-        kernels_on_cpu() as calls,
-        mock.patch.object(torch._C, "_can_use_flash_attention", lambda params, debug: kernel == "flash"),
-        mock.patch.object(torch._C, "_can_use_mem_efficient_attention", lambda *_: kernel == "efficient"),
+        flash_on_cpu() as calls,
+        mock.patch.object(torch._C, "_can_use_flash_attention", lambda params, debug: taken),
     ):
         compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
         check(compiled, lambda *z: dense(*z, 0.3), q, k, v, close=1e-5)
-    assert sum(calls.values()) == (2 if kernel else 0)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (1, 4, 64, 16)], ids=str)
-def test_the_wrapped_kernel_is_a_proper_operation(shape: tuple[int, int, int, int]) -> None:
-    """Shapes, strides and gradients on tensors without storage, and for the compiler."""
-    B, H, T, d = shape
-    q, k, v = draw(*shape), draw(B, H, 2 * T, d), draw(B, 1, 2 * T, d).expand(B, H, 2 * T, d)
-    with kernels_on_cpu():
-        torch.library.opcheck(module.efficient, (q, k, v, 0.3))
+    assert sum(calls.values()) == 2 * taken
 
 
 def build(name: str) -> attnzoo.model.LanguageModel:
     return attnzoo.create_model(name, vocab_size=17, dim=32, depth=2, num_heads=4).double()
 
 
-@pytest.mark.parametrize("kernel", OPS)
 @pytest.mark.parametrize("name", ["mha", "gqa", "mla", "cla"])
-def test_prefill_in_chunks_is_one_forward(name: str, kernel: str) -> None:
+def test_prefill_in_chunks_is_one_forward(name: str) -> None:
     model, tokens = build(name), torch.randint(17, (2, 24))
     want, cache, outs = model(tokens), model.new_cache(2, 24), []
-    with torch.no_grad(), kernels_on_cpu() as calls, AsGpu(kernel) as gpu:
+    with torch.no_grad(), flash_on_cpu() as calls, AsGpu() as gpu:
         for part in tokens.split([9, 4, 10, 1], dim=1):
             outs.append(model(part, cache=cache))
     torch.testing.assert_close(torch.cat(outs, dim=1), want, rtol=1e-9, atol=1e-9)
-    assert calls[OPS[kernel]] == gpu.asked == 2 * 2  # layers, chunks that are neither first nor one token
+    assert calls[FLASH] == gpu.asked == 2 * 2  # layers, chunks that are neither first nor one token
 
 
-@pytest.mark.parametrize("kernel", OPS)
 @pytest.mark.parametrize("name", ["mha", "gqa", "mla"])
-def test_ranks_that_share_sequences_make_no_table(name: str, kernel: str) -> None:
+def test_ranks_that_share_sequences_make_no_table(name: str) -> None:
     model, tokens = build(name), torch.randint(17, (2, 24))
     params, probe = list(model.parameters()), torch.randn(2, 24, 17, dtype=torch.float64)
     found = []
     for ranks in (1, 3):
         link = Successive()
-        with kernels_on_cpu() as calls, AsGpu(kernel if ranks > 1 else None):
+        with flash_on_cpu() as calls, AsGpu(ranks > 1):
             spans = [Span(i, ranks, link.channel()) if ranks > 1 else None for i in range(ranks)]
             y = torch.cat([model(tokens, Context(span=span)) for span in spans], dim=1)
-        with kernels_on_cpu() as back:
+        with flash_on_cpu() as back:
             found.append([y, *torch.autograd.grad((y * probe).sum(), params)])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
-    assert calls[OPS[kernel]] == sum(back.values()) == 2 * 2
+    assert calls[FLASH] == sum(back.values()) == 2 * 2
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [*SHAPES, (4, 2, 64, 64), (4, 4, 192, 128), (4, 1, 320, 256)], ids=str)
-def test_the_kernels_themselves(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 2, 64, 64), (4, 4, 192, 128), (4, 1, 256, 128)], ids=str)
+def test_the_kernel_itself(shape: tuple[int, int, int, int]) -> None:
     """As near to fp64 as the same precision with a table is, but for a rounding."""
     (H, G, d, d_v), scale = shape, shape[2] ** -0.5
     given = [draw(2, H, 77, d), draw(2, G, 333, d), draw(2, G, 333, d_v)]
-    given = [z.detach().to("cuda", dtype).requires_grad_() for z in given]
+    given = [z.detach().to("cuda", torch.bfloat16).requires_grad_() for z in given]
     exact = [z.detach().double().requires_grad_() for z in given]
-    assert kernel_for(*(torch.zeros(1, n, 8, 64, device="cuda", dtype=dtype) for n in (2, 1, 1))) is not None
     do = torch.randn(2, H, 77, d_v, device="cuda", dtype=torch.float64)
     table = torch.ones(77, 333, dtype=torch.bool, device="cuda").tril(333 - 77)
 
@@ -254,5 +228,5 @@ def test_the_kernels_themselves(shape: tuple[int, int, int, int], dtype: torch.d
     want = read(lambda *z: dense(*z, scale), exact)
     same = read(by_table, given)
     for a, b, c in zip(found, want, same, strict=True):
-        band = torch.finfo(dtype).eps * b.abs().max()
+        band = torch.finfo(torch.bfloat16).eps * b.abs().max()
         assert (a - b).abs().max() <= 2 * ((c - b).abs().max() + band)

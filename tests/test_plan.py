@@ -26,7 +26,7 @@ from attnzoo.plan.memory import local_numel, memory
 from attnzoo.plan.setup import Job, Setup
 from attnzoo.train.optim import build_optimizer
 from attnzoo.train.settings import OptimSettings
-from gpu_kernels import AsGpu, kernels_on_cpu
+from gpu_kernels import AsGpu, flash_on_cpu
 
 SIZES = {"vocab_size": 96, "dim": 64, "depth": 4, "num_heads": 4}
 KINDS = ("mha", "gqa", "mla", "gated_deltanet", "mamba2", "sliding_window", "moh", "kvt", "cla", "gla")
@@ -106,35 +106,33 @@ def test_activations_are_what_autograd_keeps(layout: str, bf16: bool) -> None:
     assert counted <= found * 1.01 and found <= (counted + traced.tables) * 1.01
 
 
-@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layout", ["mha", "gqa", "mla"])
-def test_the_last_rank_of_a_sequence_keeps_its_rows_and_all_keys(layout: str, bf16: bool) -> None:
-    """On a GPU, by its kernels: nothing of T/c x T."""
+def test_the_last_rank_of_a_sequence_keeps_its_rows_and_all_keys(layout: str) -> None:
+    """On a GPU, by flash attention: nothing of T/c x T."""
     ranks, model, link = 4, real(layout), Successive()
     tokens = torch.randint(SIZES["vocab_size"], (ROWS, LENGTH))
 
     def run(rank: int) -> torch.Tensor:
         span = Span(rank, ranks, link.channel())
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16):
             y = model(tokens, Context(span=span))
             return cross_entropy(y.flatten(0, 1), span.cut(tokens).flatten(), reduction="sum")
 
-    with kernels_on_cpu() as calls, AsGpu("flash" if bf16 else "efficient"):
+    with flash_on_cpu() as calls, AsGpu():
         for rank in range(ranks - 1):
             run(rank)
         found = kept(model, lambda: run(ranks - 1))
     assert sum(calls.values()) == SIZES["depth"] * (ranks - 1)
-    traced = job(layout, bf16=bf16, gpu=True).traced(Setup(ranks, "fsdp", context=ranks, rows=ROWS))
+    traced = job(layout, bf16=True, gpu=True).traced(Setup(ranks, "fsdp", context=ranks, rows=ROWS))
     counted = sum(p.saved for p in traced.blocks) + traced.ends.saved
     assert counted <= found * 1.01 and found <= (counted + traced.tables) * 1.01
 
 
 @pytest.mark.parametrize("layout", ["mha", "gqa", "mla"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_memory_grows_evenly_with_shared_sequences(layout: str, bf16: bool) -> None:
+def test_memory_grows_evenly_with_shared_sequences(layout: str) -> None:
     sizes = []
     for length in (2048, 4096):
-        one = Job({"layout": layout, **SIZES}, length, bf16=bf16, gpu=True)
+        one = Job({"layout": layout, **SIZES}, length, bf16=True, gpu=True)
         traced = one.traced(Setup(8, "fsdp", context=8))
         sizes.append((traced.tables, traced.blocks[1].saved, traced.blocks[1].backward))
     for few, many in zip(*sizes, strict=True):

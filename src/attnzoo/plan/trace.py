@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from attnzoo import Context, create_model
 from attnzoo.model import LanguageModel
 from attnzoo.model.undrawn import Undrawn
-from attnzoo.ops.last_queries import kernel_for
+from attnzoo.ops.last_queries import takes
 from attnzoo.parallel.context import Span, check_spans
 from attnzoo.parallel.plan import split_heads
 from attnzoo.parallel.shard import entangled
@@ -141,8 +141,8 @@ class _AsGpu(TorchFunctionMode):
             return False
         if func == Tensor.is_cuda.__get__:
             return True
-        if func is kernel_for:
-            return "flash" if args[0].element_size() == 2 and args[0].shape[-1] <= FLASH else "efficient"
+        if func is takes:
+            return args[0].element_size() == 2 and args[0].shape[-1] <= FLASH
         return func(*args, **(kwargs or {}))
 
 
