@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from attnzoo.cluster.jobs import _executor
+from attnzoo.cli import main
+from attnzoo.cluster import run as cluster_run
+from attnzoo.cluster.jobs import AGAIN, REQUEUE, _executor, queued
 from attnzoo.cluster.ranks import Place, first_host, from_slurm, join, launcher_here, place, quoted
 from attnzoo.cluster.run import RunTask
 from attnzoo.cluster.settings import read_slurm
-from attnzoo.cluster.task import PASSED, STOPPED
+from attnzoo.cluster.task import PASSED, STOPPED, Task
+from attnzoo.train.guard import RunFailed
+from children import Child, run_child, until
 from runs import overrides, train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "cluster"
@@ -141,12 +146,177 @@ def test_signals_and_codes_of_a_stopped_rank() -> None:
 def test_a_multirun_has_no_ranks_and_a_run_here_nothing_to_wait_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    from attnzoo.cli import main
-
     monkeypatch.chdir(tmp_path)
     assert main(["train", *overrides(tmp_path), "--wait"]) == 2
     assert "--wait: is for launcher=slurm" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 130), (RunFailed("x"), 1), (OSError("x"), 1), (ValueError("x"), 2), (None, 0)],
+)
+def test_the_codes_of_a_command(
+    error: BaseException | None, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def command(arguments: list[str]) -> int:
+        if error:
+            raise error
+        return 0
+
+    monkeypatch.setattr("attnzoo.cli.sweep.sweep", command)
+    assert main(["sweep"]) == code
+    assert capfd.readouterr().err.count("error: ") == (code in (1, 2))
+
+
+def test_a_signal_stops_the_jobs_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a multirun, whose code is that of the worst."""
+    seen, codes = [], [2, 143, 0]
+
+    def job(config: object) -> int:
+        seen.append(config.seed)
+        return codes[len(seen) - 1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("attnzoo.cli.train._train_one", job)
+    given = [*overrides(tmp_path), "hydra.sweep.dir=x", "-m", "seed=1,2,3"]
+    assert main(["train", *given]) == 143 and seen == [1, 2]
+    seen[:], codes[:] = [], [2, 0, 1]
+    assert main(["train", *given]) == 2 and seen == [1, 2, 3]
+
+
+class Rank(Task):
+    """A task whose rank is a line of Python; ``early`` is a signal that comes before it starts."""
+
+    def __init__(self, program: str, early: int = 0) -> None:
+        self.program, self.early = program, early
+
+    def command(self) -> list[str]:
+        if self.early:
+            os.kill(os.getpid(), self.early)
+        return ["-c", f"import os, signal, sys, time; {self.program}"]
+
+
+def runs_task(rank: int, *task: object) -> None:
+    os.environ.update(TASK | {"SLURM_PROCID": str(rank)})
+    print(Rank(*task)())
+
+
+KILL = "os.kill(os.getpid(), signal.{})".format
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(
+    ("program", "first", "other"),
+    [
+        ("sys.exit(0 if 'TORCHELASTIC_RUN_ID' in os.environ else 3)", 0, 0),
+        ("sys.exit(1)", 1, 1),
+        ("sys.exit(2)", 2, 2),
+        *((f"sys.exit({code})", AGAIN, 0) for code in (130, 138, 143)),
+        (KILL("SIGTERM"), AGAIN, 0),
+        (KILL("SIGUSR1"), AGAIN, 0),
+        (KILL("SIGUSR2"), 0, 0),  # SLURM's, to all processes
+        (KILL("SIGKILL"), 256 - 9, 128 + 9),
+    ],
+)
+def test_a_task_ends_as_its_rank(tmp_path: Path, program: str, first: int, other: int) -> None:
+    for rank, code in ((0, first), (1, other)):
+        ended = run_child(runs_task, rank, program, cwd=tmp_path)
+        assert ended.returncode == code, ended
+        assert code or f"rank {rank} ended with " in ended.stdout
+
+
+@pytest.mark.multi
+def test_a_task_passes_signals_on(tmp_path: Path) -> None:
+    wait = "open('ready', 'w').close(); time.sleep(60)"
+    known = "signal.signal(signal.SIGUSR1, lambda *a: sys.exit(5)); "
+    known += "signal.signal(signal.SIGTERM, lambda *a: sys.exit(6)); "
+    for number, code in ((signal.SIGUSR2, 5), (signal.SIGUSR1, 5), (signal.SIGTERM, 6)):
+        child = Child(runs_task, 0, known + wait, cwd=tmp_path)
+        until(lambda child=child: (tmp_path / "ready").exists() or not child.alive)
+        child.kill(number)
+        assert child.wait(50).returncode == code
+        (tmp_path / "ready").unlink()
+    # one that comes before there is a rank
+    ended = run_child(runs_task, 0, "time.sleep(60)", signal.SIGTERM, timeout=50, cwd=tmp_path)
+    assert ended.returncode == AGAIN, ended
+
+
+def commands(folder: Path, **programs: str) -> str:
+    """A PATH with stand-ins for SLURM's commands, which write down how they are called."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, line in programs.items():
+        path = folder / "bin" / name
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >> {folder}/calls\n{line}\n')
+        path.chmod(0o755)
+    return f"{folder / 'bin'}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "more", "called", "says"),
+    [
+        (75, "RUNNING", {}, "requeue 7", ""),
+        (75, "RUNNING", {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "requeue 7_3", ""),
+        (75, "RUNNING", {"SLURM_RESTART_COUNT": "1"}, "requeue 7", ""),
+        (75, "RUNNING", {"SLURM_RESTART_COUNT": "2"}, "", "launcher.slurm.requeue=2"),
+        (75, "COMPLETING", {}, "", ""),  # it was cancelled
+        (143, "RUNNING", {}, "", ""),
+        (1, "RUNNING", {}, "", ""),
+        (0, "RUNNING", {}, "", ""),
+    ],
+)
+def test_a_job_is_requeued(code: int, state: str, more: dict, called: str, says: str, tmp_path: Path) -> None:
+    path = commands(tmp_path, squeue=f"echo {state}", scontrol="true")
+    done = subprocess.run(
+        ["bash", "-c", f"(exit {code})\n{REQUEUE.format(again=AGAIN, times=2)}"],
+        env={"PATH": path, "SLURM_JOB_ID": "7"} | more,
+        capture_output=True,
+        text=True,
+    )
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert [call for call in calls if call.startswith("scontrol")] == (
+        [f"scontrol {called}"] if called else []
+    )
+    assert done.returncode == code and says in done.stdout and bool(says) == bool(done.stdout), done
+
+
+def test_the_queue_as_far_as_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "echo '7 RUNNING'; echo '8 COMPLETED'; echo '9_1 PENDING'; echo '10 RUNNING'"
+    monkeypatch.setenv("PATH", commands(tmp_path, squeue=listed))
+    assert queued(["7", "8", "9_1"]) == {"7": "RUNNING", "9_1": "PENDING"}
+    (tmp_path / "calls").unlink()
+    assert queued([]) == {} and not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize(("status", "code"), [("completed", 0), ("stopped", 1), ("failed", 1), (None, 1)])
+def test_a_job_is_followed_to_its_end(
+    status: str | None,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    log, looks = tmp_path / "log", []
+
+    def look(jobs: list[str]) -> dict[str, str]:
+        looks.append(jobs)
+        with log.open("a") as file:
+            file.write(f"line {len(looks)}\n")
+        return {"7": "RUNNING"} if len(looks) < 3 else {}
+
+    if status:
+        (tmp_path / "summary.json").write_text(json.dumps({"status": status}))
+    monkeypatch.setattr(cluster_run, "queued", look)
+    monkeypatch.setattr(cluster_run, "POLL", 0.0)
+    assert cluster_run._follow("7", tmp_path, log) == code
+    assert capfd.readouterr().out == "line 1\nline 2\nline 3\n"
+
+    def interrupt(jobs: list[str]) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster_run, "queued", interrupt)
+    assert cluster_run._follow("7", tmp_path, log) == 130
+    assert "job 7 goes on" in capfd.readouterr().out
 
 
 def torchrun(folder: Path, *options: str) -> subprocess.CompletedProcess:

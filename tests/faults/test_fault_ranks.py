@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -65,38 +66,87 @@ def test_a_rank(tmp_path: Path, fault: str, victim: int, words: str) -> None:
 
 
 OWN = ("launcher.devices=2", "launcher.strategy=ddp", "launcher.accelerator=cpu", "launcher.timeout=10")
+MARK = "busy"  # a file in which a rank that is busy tells its process
+# the program of both ranks, the second of which is busy with itself from a moment on, and asks nobody
+BUSY = f"""
+import os, sys, time
+from pathlib import Path
+from attnzoo.cli import main
+from attnzoo.train import run
+from attnzoo.train.module import LanguageModule
+
+def tell():
+    Path("{MARK}.new").write_text(str(os.getpid()))
+    os.replace("{MARK}.new", "{MARK}")
+
+def work(*args):
+    tell()
+    time.sleep(1000)
+
+def late(trainer):
+    parent = os.getppid()
+    tell()
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    adopt(trainer)
+    time.sleep(1000)
+
+adopt = run.adopt
+if os.environ.get("LOCAL_RANK") == "1":
+    if os.environ["MOMENT"] == "step":
+        LanguageModule.training_step = work
+    else:
+        run.adopt = late
+sys.exit(main())
+"""
 
 
-@pytest.mark.parametrize("victim", ["child", "stopped child", "parent"])
-def test_ranks_that_the_run_started_itself(tmp_path: Path, victim: str) -> None:
-    """One process starts the other: neither outlives the other, whichever dies."""
-    options = (*OWN, "callbacks.checkpoint.every=2", "trainer.max_steps=100000")
-    # the other rank's program is that of this one, which must be a script
-    command = [sys.executable, "-m", "attnzoo.cli", *train_command(tmp_path, *options)]
+@contextmanager
+def started(folder: Path, program: list[str], **more: str) -> Iterator[subprocess.Popen]:
+    """A program that starts the second rank itself; it leads a group, which is ended with it."""
     paths = os.pathsep.join(filter(None, sys.path))
-    with open(tmp_path / "said", "wb") as said:
+    mine = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    options = (*OWN, "callbacks.checkpoint.every=2", "trainer.max_steps=100000")
+    with open(folder / "said", "wb") as said:
         parent = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            [sys.executable, *program, *train_command(folder, *options)],
+            cwd=folder,
+            env=os.environ | mine | more,
             stdout=said,
             stderr=said,
             start_new_session=True,
         )
     try:
-        until((tmp_path / "run" / "checkpoints" / "last").exists, 90)
-        (child,) = (pid for pid in group(parent.pid) if pid != parent.pid)
-        if victim == "parent":
-            parent.kill()
-            until(lambda: not group(parent.pid), 5)
-            return
-        os.kill(child, signal.SIGKILL if victim == "child" else signal.SIGSTOP)
-        assert parent.wait(10 + 15) == 1
-        until(lambda: not group(parent.pid), 5)
-        line = one_line((tmp_path / "said").read_text())
-        assert "rank 1 of 2" in line and f"ckpt_path={tmp_path / 'run'}" in line, line
-        assert ("its process ended" if victim == "child" else "no answer within 10 s") in line, line
+        yield parent
     finally:
         with suppress(ProcessLookupError):
             os.killpg(parent.pid, signal.SIGKILL)
         parent.wait()
+
+
+@pytest.mark.parametrize("fault", ["dies", "stops"])
+def test_a_rank_that_the_run_started_itself(tmp_path: Path, fault: str) -> None:
+    # the other rank's program is that of this one, which must be a script
+    with started(tmp_path, ["-m", "attnzoo.cli"]) as parent:
+        until((tmp_path / "run" / "checkpoints" / "last").exists, 90)
+        (child,) = (pid for pid in group(parent.pid) if pid != parent.pid)
+        os.kill(child, signal.SIGKILL if fault == "dies" else signal.SIGSTOP)
+        assert parent.wait(10 + 15) == 1
+        until(lambda: not group(parent.pid), 5)
+        line = one_line((tmp_path / "said").read_text())
+        assert "rank 1 of 2" in line and f"ckpt_path={tmp_path / 'run'}" in line, line
+        assert ("its process ended" if fault == "dies" else "no answer within 10 s") in line, line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process can ask to end with its parent")
+@pytest.mark.parametrize("moment", ["step", "start"])
+def test_a_busy_rank_ends_with_its_parent(tmp_path: Path, moment: str) -> None:
+    """It waits for nobody, so no lost connection tells it; nor does the kernel before it was asked to."""
+    (tmp_path / "busy_zoo.py").write_text(BUSY)
+    with started(tmp_path, ["busy_zoo.py"], MOMENT=moment) as parent:
+        until((tmp_path / MARK).exists, 90)
+        rank = int((tmp_path / MARK).read_text())
+        assert set(group(parent.pid)) == {parent.pid, rank}
+        parent.kill()
+        parent.wait()
+        until(lambda: not group(parent.pid), 10)

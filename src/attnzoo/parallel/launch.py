@@ -20,6 +20,7 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 GRACE = 5.0  # seconds that the other ranks get to end by themselves
+PARENT = "ATTNZOO_PARENT"  # of a rank, in its environment
 PR_SET_PDEATHSIG = 1
 
 
@@ -33,7 +34,9 @@ class Launcher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
             self._call_children_scripts()
+            del os.environ[PARENT]
             threading.Thread(target=self._watch, daemon=True, name="ranks").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
@@ -86,3 +89,5 @@ def _end_with_parent() -> None:
     """On Linux, which can ask for it; elsewhere a rank notices when it next waits for the others."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            os._exit(1)  # it has died before
