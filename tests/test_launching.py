@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from attnzoo.cluster.ranks import Place, first_host, from_slurm, join, launcher_
 from attnzoo.cluster.run import RunTask
 from attnzoo.cluster.settings import read_slurm
 from attnzoo.cluster.task import PASSED, STOPPED, Task
+from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.train.guard import RunFailed
 from children import Child, run_child, until
 from runs import overrides, train
@@ -121,6 +123,63 @@ def test_what_a_job_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("launcher.devices=3",), "data.batch_size: must be a multiple of accumulate x ranks = 3, got 4"),
+        (("launcher.devices=2", "launcher.tensor_parallel=2", "optim=muon"), "optim.name: muon needs whole"),
+        (("launcher.devices=2", "launcher.tensor_parallel=4"), "must divide the 2 ranks"),
+        (
+            ("launcher.strategy=ddp_spawn",),
+            "launcher.strategy: must be one of auto, ddp, fsdp, got 'ddp_spawn'",
+        ),
+        (("launcher.devices=foo",), "launcher.devices: must be "),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("way", [(), ("--dry-run",), ("launcher=slurm",)], ids=["run", "dry-run", "slurm"])
+def test_what_cannot_run_is_refused_before_it_is_queued(
+    way: tuple[str, ...],
+    options: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """In the words of the run itself; sbatch would be called if it were accepted."""
+    monkeypatch.setattr("attnzoo.cluster.run.submit", None)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    command = ["train", *way, *overrides(tmp_path, *options), f"hydra.run.dir={folder}"]
+    assert main(command) == 2
+    said = capfd.readouterr().err
+    assert words in said and said.count("error: ") == 1 and not folder.exists(), said
+
+
+@pytest.mark.parametrize(
+    ("devices", "world"),
+    [
+        (2, 4),
+        ("2", 4),
+        ("0,1,5", 6),
+        ([0, 3], 4),
+        ("auto", 2),
+        (-1, 2),
+        (None, None),
+        (0, None),
+        (True, None),
+    ],
+)
+def test_the_ranks_of_a_run(devices: Any, world: int | None) -> None:
+    """On two nodes without a GPU."""
+    if world is None:
+        with pytest.raises(ValueError, match=r"launcher\.devices: .*; give the processes of a node"):
+            LauncherSettings(devices=devices, num_nodes=2)
+        return
+    assert LauncherSettings(accelerator="cpu", devices=devices, num_nodes=2).world == world
+
+
 def test_a_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "it's"
     task = RunTask(str(folder), ["attention=mla", "init_from=x"])
@@ -131,11 +190,15 @@ def test_a_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["slurm"]  # what never got to a checkpoint is gone
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "step-00000002.pt").touch()
+    assert task.command()[-1] == f"hydra.run.dir={quoted(str(folder))}"  # killed before `last` named it
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-00000002.pt").touch()
+    (folder / "checkpoints" / "last").write_text("step-00000002.pt")
     assert task.command()[-2:] == [f"ckpt_path={quoted(str(folder))}", "init_from=null"]
 
 
 def test_signals_and_codes_of_a_stopped_rank() -> None:
-    assert {130, 138, 143, -2, -10, -15} == STOPPED
+    assert {129, 130, 138, 143, -1, -2, -10, -15} == STOPPED
     assert {number.name: passed.name for number, passed in PASSED.items()} == {
         "SIGUSR1": "SIGUSR1",
         "SIGUSR2": "SIGUSR1",

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from attnzoo.train.checkpoint import read_checkpoint
-from children import run_child, start_ranks
+from children import Child, group, run_child, start_ranks, until
 from runs import metrics, overrides
 
-CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130, signal.SIGHUP: 129}
 LEFT = 3  # steps done when the signal comes in the second micro-batch of the third
 SPREAD = ("launcher.devices=2", "launcher.strategy=ddp", "launcher.accelerator=cpu")
 
@@ -69,3 +70,56 @@ def test_a_signal_to_one_rank_stops_both(tmp_path: Path, number: signal.Signals,
     ended = [rank.wait() for rank in ranks]
     assert [end.returncode for end in ended] == [CODES[number]] * 2, ended
     check_stopped(tmp_path / "run", number)
+
+
+def trains_with_workers(number: int, arguments: list[str]) -> None:
+    """Two loader processes, which get every signal of the run, as a scheduler sends it to all of a job."""
+    before = os.kill
+
+    def to_all(pid: int, signum: int) -> None:
+        os.killpg(0, signum)
+
+    os.kill = to_all
+    try:
+        trains(number, 0, arguments)
+    finally:
+        os.kill = before
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_all_processes_of_a_run(tmp_path: Path, number: signal.Signals) -> None:
+    arguments = command(tmp_path, "data.num_workers=2", "trainer.max_steps=1000")
+    child = Child(trains_with_workers, number, arguments, cwd=tmp_path)
+    until(lambda: not child.alive)
+    until(lambda: not group(child.pid), 5)  # the loader processes have ended with it
+    ended = child.wait()
+    assert ended.returncode == CODES[number], ended.stdout + ended.stderr
+    check_stopped(tmp_path / "run", number)
+
+
+@pytest.mark.multi
+def test_a_terminal_that_goes(tmp_path: Path) -> None:
+    """Nothing can be printed any more, and the run ends as well as by another signal."""
+    ours, theirs = os.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "-m", "attnzoo.cli", *command(tmp_path, "trainer.max_steps=100000")],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    log = tmp_path / "run" / "metrics.jsonl"
+    try:
+        until(lambda: log.exists() and len(metrics(log.parent)) > 3)
+        os.close(ours)
+        run.send_signal(signal.SIGHUP)  # the kernel would send it to who has the terminal
+        assert run.wait(60) == 129
+    finally:
+        run.kill()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["stopped_by"]) == ("stopped", "SIGHUP")
+    assert read_checkpoint(tmp_path / "run")["progress"]["step"] == summary["steps"]

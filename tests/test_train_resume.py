@@ -136,6 +136,7 @@ def test_a_step_must_divide_evenly() -> None:
         ("seed=2", "seed is 1 there and 2 here"),
         ("data.batch_size=8", r"data\.batch_size is 4 there and 8 here"),
         ("data.max_documents=30", "data is '"),
+        ("data.isolate=true", r"data\.isolate is None there and True here"),
         ("model.depth=1", r"depth is 2 there and 1 here"),
         ("optim=muon", r"optim\.name: .*init_from"),
         ("tokenizer=bpe tokenizer.vocab_size=300", r"tokenizer is one of 257 tokens .* of 300 .*; data is '"),

@@ -1,7 +1,10 @@
-"""The signals that ask a run to stop: Ctrl-C, SIGTERM, and SIGUSR1, which announces a preemption."""
+"""The signals that ask a run to stop: Ctrl-C, SIGTERM, SIGUSR1, which announces a preemption, and SIGHUP, by
+which a terminal says that it has gone.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -12,7 +15,8 @@ from typing import Any
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
-STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+STOPS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 # launchers pass a Ctrl-C on that the terminal has sent to every process already
 ECHO = 1.0  # seconds within which a second one is the first
 
@@ -24,6 +28,15 @@ def listen(handler: Handler) -> dict[int, Any]:
     """
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
+
+
+def ignore() -> None:
+    """Ignore the stop signals from now on: for helpers of a run, which ends them itself.
+
+    Schedulers send a signal to every process of a job.
+    """
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -56,16 +69,26 @@ class Request:
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self.tell, self.told = tell, None
+        self._terminal = [stream for stream in (1, 2) if os.isatty(stream)]
         self._previous = listen(self._hear) if threading.current_thread() is threading.main_thread() else {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if signal.Signals(number).name == "SIGHUP":
+            self._leave_terminal()
         if self.told is None:
             self.told = now
             self.tell(number)
         elif number == signal.SIGINT and now - self.told > ECHO:
             self.close()
             signal.raise_signal(number)
+
+    def _leave_terminal(self) -> None:
+        """What is said from now on goes nowhere, where it would be an error: the run has to end well."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in self._terminal:
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
 
     def close(self) -> None:
         """Handle the signals as before."""

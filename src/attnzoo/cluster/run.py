@@ -17,7 +17,7 @@ from attnzoo.signals import exit_code
 from attnzoo.train.checkpoint import find_checkpoint
 from attnzoo.train.folder import RUN_FILES, check_folder
 from attnzoo.train.prepare import check_architecture
-from attnzoo.train.store import FOLDER, NAME
+from attnzoo.train.store import FOLDER, LAST
 
 JOBS = "slurm"  # submitit's folder inside the run folder
 POLL = 2.0  # seconds between two looks at a job
@@ -70,7 +70,7 @@ def submit_run(config: dict[str, Any], arguments: Sequence[str], wait: bool) -> 
 
 def _begun(folder: Path) -> bool:
     """Whether the run has a checkpoint to go on from; what is left of one that has none is removed."""
-    if any(NAME.fullmatch(path.name) for path in (folder / FOLDER).glob("step-*")):
+    if (folder / FOLDER / LAST).is_file():
         return True
     for name in RUN_FILES:
         path = folder / name

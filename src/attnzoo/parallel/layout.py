@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from attnzoo.train.settings import check_number, check_whole
+
+STRATEGIES = ("auto", "ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class LauncherSettings:
 
     Args:
         accelerator, devices, num_nodes: as Lightning's Trainer takes them.
-        strategy: "auto", "ddp", "fsdp" (FSDP2), or another that Lightning knows. "auto" is "ddp" on several
-            ranks, "fsdp" where heads or sequences are shared.
+        strategy: "ddp", "fsdp" (FSDP2), or "auto": "ddp" on several ranks, "fsdp" where heads or sequences
+            are shared.
         tensor_parallel: ranks that share the heads of every layer.
         context_parallel: ranks that share every sequence.
         timeout: seconds that a rank waits for the others.
@@ -40,11 +43,38 @@ class LauncherSettings:
         for name in ("num_nodes", "tensor_parallel", "context_parallel"):
             check_whole(f"launcher.{name}", getattr(self, name), 1)
         check_number("launcher.timeout", self.timeout, 1)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"launcher.strategy: must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}; take auto"
+            )
+        self.world  # noqa: B018, checked
         if self.splits > 1 and self.strategy not in ("auto", "fsdp"):
             raise ValueError(
                 "launcher.strategy: tensor_parallel and context_parallel go with fsdp, got "
                 f"{self.strategy!r}; leave it out"
             )
+
+    @property
+    def world(self) -> int:
+        """Ranks of the whole run, by the devices that Lightning would take of a node.
+
+        Raises:
+            ValueError: ``devices`` is nothing that it takes.
+        """
+        devices = self.devices
+        if isinstance(devices, str):
+            devices = [part for part in devices.split(",") if part.strip()] if "," in devices else devices
+        if isinstance(devices, (list, tuple)) and devices:
+            return len(devices) * self.num_nodes
+        if str(devices) in ("auto", "-1"):
+            gpus = self.accelerator in ("auto", "gpu", "cuda")
+            return max(1, torch.cuda.device_count() if gpus else 1) * self.num_nodes
+        if isinstance(devices, bool) or not str(devices).isdecimal() or int(devices) < 1:
+            raise ValueError(
+                "launcher.devices: must be a number of at least 1, a list of devices, or auto, got "
+                f"{self.devices!r}; give the processes of a node"
+            )
+        return int(devices) * self.num_nodes
 
     @property
     def splits(self) -> int:
@@ -61,9 +91,9 @@ class LauncherSettings:
         wait = timedelta(seconds=self.timeout)
         if self.sharded:
             return Sharded(self.tensor_parallel, wait)
-        if self.strategy == "ddp" or (self.strategy == "auto" and (self.devices, self.num_nodes) != (1, 1)):
+        if self.strategy == "ddp" or self.world > 1:
             return DDPStrategy(timeout=wait, gradient_as_bucket_view=True)
-        return self.strategy
+        return "auto"
 
 
 class Sharded(ModelParallelStrategy):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from attnzoo import signals
 from attnzoo.data import Corpus, targets
 from attnzoo.data import collate as stack
 
@@ -76,13 +77,20 @@ class Loader(DataLoader):
 
     def __init__(self, dataset: Dataset, batches: CounterBatches, **more: Any) -> None:
         super().__init__(dataset, batch_sampler=batches, **more)
-        self.batches, self.served = batches, 0
+        self.batches, self.served, self._source = batches, 0, None
 
     def __iter__(self) -> Iterator[Batch]:
         self.served, self._source = 0, super().__iter__()
         for batch in self._source:
             self.served += 1
             yield batch
+
+    def end(self) -> None:
+        """End the worker processes; those that hang are killed."""
+        if self.num_workers and self._source is not None:
+            self._source._shutdown_workers()
+            for worker in self._source._workers:
+                worker.kill()
 
     def explain(self, error: BaseException) -> str | None:
         """In one line, why the worker processes give no batch; None where ``error`` says something else."""
@@ -127,8 +135,13 @@ def train_loader(
         num_workers=workers,
         timeout=worker_timeout if workers else 0,
         persistent_workers=workers > 0,
+        worker_init_fn=_worker,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _worker(number: int) -> None:
+    signals.ignore()
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> Batch:

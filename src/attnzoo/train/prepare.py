@@ -24,8 +24,9 @@ from attnzoo.cost import Cost
 from attnzoo.data import Corpus, build_data
 from attnzoo.data.config import DataConfig, parse_data
 from attnzoo.parallel.context import check_spans
-from attnzoo.parallel.layout import LauncherSettings
+from attnzoo.parallel.layout import LauncherSettings, Layout
 from attnzoo.parallel.plan import check_split
+from attnzoo.train.batches import CounterBatches
 from attnzoo.train.checkpoint import check_vocabulary, find_checkpoint, load_weights, read_checkpoint
 from attnzoo.train.draws import seed_draws
 from attnzoo.train.folder import check_folder
@@ -60,12 +61,7 @@ def prepare(config: DictConfig) -> Run:
     plain = OmegaConf.to_container(config, resolve=True)
     plain["launcher"] = launcher_here(plain["launcher"])
     trainer, optim, data = read_groups(plain)
-    launcher = read_launcher(plain)
-    if optim.name == "muon" and launcher.tensor_parallel > 1:
-        raise ValueError(
-            "optim.name: muon needs whole matrices, of which ranks that share heads have parts, got "
-            f"launcher.tensor_parallel={launcher.tensor_parallel}; use adamw, or launcher.strategy=fsdp alone"
-        )
+    launcher = check_ranks(plain)
     seed, field, start = plain["seed"], *_starting_point(plain)
     steps = trainer.total_steps(data.batch_size * data.seq_len)
     checkpoint = read_checkpoint(start, field) if start else None
@@ -124,8 +120,23 @@ def read_launcher(config: Mapping[str, Any]) -> LauncherSettings:
     return read_settings("launcher", LauncherSettings, ours)
 
 
+def check_ranks(config: Mapping[str, Any]) -> LauncherSettings:
+    """The `launcher` group; raises a ValueError where its ranks cannot share the run."""
+    trainer, optim, data = read_groups(config)
+    launcher = read_launcher(config)
+    if optim.name == "muon" and launcher.tensor_parallel > 1:
+        raise ValueError(
+            "optim.name: muon needs whole matrices, of which ranks that share heads have parts, got "
+            f"launcher.tensor_parallel={launcher.tensor_parallel}; use adamw, or launcher.strategy=fsdp alone"
+        )
+    layout = Layout(launcher.world, 0, launcher.context_parallel, launcher.tensor_parallel)
+    CounterBatches(0, 1, data.batch_size, trainer.accumulate, 0, layout.data)
+    return launcher
+
+
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a model that could not run, without reading data."""
+    """Raise a ValueError for a run that could not begin, without reading data."""
+    check_ranks(config)
     trainer, _, _ = read_groups(config)
     field, start = _starting_point(config)
     checkpoint = read_checkpoint(start, field) if start else None

@@ -87,6 +87,7 @@ def execute(run: Run) -> dict[str, Any]:
             raise
         raise known from error
     finally:
+        loader.end()
         end_ranks(trainer)
     with deaf(), closing(run.folder):
         return _close_folder(run, trainer, module)
