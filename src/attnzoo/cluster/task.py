@@ -17,8 +17,7 @@ from attnzoo.cluster.jobs import AGAIN
 from attnzoo.cluster.ranks import from_slurm
 from attnzoo.signals import STOPS, exit_code
 
-# exit codes of a run that was stopped: by its own hand, and before it could have one
-STOPPED = frozenset(code for number in STOPS for code in (exit_code(number), -number))
+STOPPED = frozenset(exit_code(number) for number in STOPS)
 LIMIT = signal.SIGUSR2  # submitit's, because NCCL may catch SIGUSR1
 PASSED = {LIMIT: signal.SIGUSR1, signal.SIGUSR1: signal.SIGUSR1, signal.SIGTERM: signal.SIGTERM}
 
@@ -51,7 +50,7 @@ class Task:
         if rank == 0:
             self.ended(code)
         elif code and code not in STOPPED:
-            sys.exit(code if code > 0 else exit_code(-code))
+            sys.exit(code)
         return f"rank {rank} ended with {code}"
 
     def _run(self) -> int:
@@ -68,7 +67,8 @@ class Task:
             )
         if self._heard:  # in the moment before there was a child
             self._pass_on(self._heard)
-        return self._child.wait()
+        code = self._child.wait()
+        return code if code >= 0 else exit_code(-code)
 
     def _pass_on(self, number: int, *frame: Any) -> None:
         self._heard = number

@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from attnzoo.cli import INTERRUPTED, report
-from attnzoo.secure import redact_text
+from attnzoo.secure import print_error, redact_text, redact_tracebacks
 from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, completed, write_outcome
 from attnzoo.train.checkpoint import read_checkpoint
@@ -38,6 +37,8 @@ from attnzoo.train.store import FOLDER, checkpoints, newest_intact
 
 def main(arguments: list[str] | None = None) -> int:
     """Train the cell; returns 0 if it completed, 130 if it was stopped, else 1 or 2."""
+    if arguments is None:
+        redact_tracebacks()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("cell")
@@ -87,10 +88,10 @@ def _train(config: dict[str, Any]) -> Outcome:
 def _explain(error: Exception) -> str:
     """Print the error, with its stack where it is not the user's; returns it in one line."""
     if not isinstance(error, (ValueError, RunFailed)):
-        traceback.print_exception(error)
+        print_error(error)
     report(error)
     text = str(error) if isinstance(error, (ValueError, RunFailed)) else f"{type(error).__name__}: {error}"
-    return redact_text("; ".join(line.strip() for line in text.splitlines() if line.strip()))
+    return "; ".join(line.strip() for line in redact_text(text).splitlines() if line.strip())
 
 
 def _config(manifest: Manifest, cell: Cell, ckpt_path: str | None) -> dict[str, Any]:
