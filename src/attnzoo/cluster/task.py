@@ -17,7 +17,8 @@ from attnzoo.cluster.jobs import AGAIN
 from attnzoo.cluster.ranks import from_slurm
 from attnzoo.signals import STOPS, exit_code
 
-STOPPED = frozenset(exit_code(number) for number in STOPS)
+# codes of a run that was stopped: by its own hand, and before it could have one
+STOPPED = frozenset(code for number in STOPS for code in (exit_code(number), -number))
 LIMIT = signal.SIGUSR2  # submitit's, because NCCL may catch SIGUSR1
 PASSED = {LIMIT: signal.SIGUSR1, signal.SIGUSR1: signal.SIGUSR1, signal.SIGTERM: signal.SIGTERM}
 
@@ -37,9 +38,9 @@ class Task:
         return nullcontext()
 
     def ended(self, code: int) -> None:
-        """What rank 0's task does when the run has ended: nothing, or leave with a code."""
+        """What rank 0's task does with a run's code, negative for a signal: nothing, or leave with one."""
         if code:
-            sys.exit(AGAIN if code in STOPPED else code)
+            sys.exit(AGAIN if code in STOPPED else as_shell(code))
 
     def __call__(self) -> str:
         """Run the rank to its end; returns, or leaves with the job's exit code."""
@@ -50,7 +51,7 @@ class Task:
         if rank == 0:
             self.ended(code)
         elif code and code not in STOPPED:
-            sys.exit(code)
+            sys.exit(as_shell(code))
         return f"rank {rank} ended with {code}"
 
     def _run(self) -> int:
@@ -67,14 +68,18 @@ class Task:
             )
         if self._heard:  # in the moment before there was a child
             self._pass_on(self._heard)
-        code = self._child.wait()
-        return code if code >= 0 else exit_code(-code)
+        return self._child.wait()
 
     def _pass_on(self, number: int, *frame: Any) -> None:
         self._heard = number
         if self._child is not None:
             with suppress(ProcessLookupError):
                 self._child.send_signal(PASSED[number])
+
+
+def as_shell(code: int) -> int:
+    """A process's code as shells count: a signal is 128 and its number."""
+    return code if code >= 0 else exit_code(-code)
 
 
 def _ignore_limit() -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from attnzoo.cluster.jobs import AGAIN
-from attnzoo.cluster.task import STOPPED, Task
+from attnzoo.cluster.task import STOPPED, Task, as_shell
 from attnzoo.sweep.manifest import read_manifest
 from attnzoo.sweep.pool import MODULE, open_log, settle
 from attnzoo.sweep.state import DONE, FAILED, attempts
@@ -37,6 +37,6 @@ class CellTask(Task):
         outcome = settle(manifest, cell, code, self._before, seconds, stops=tuple(STOPPED))
         if outcome.status == FAILED:
             print(f"{self.cell} on {os.uname().nodename}: {outcome.reason}", flush=True)
-            sys.exit(code if code > 0 else 1)
+            sys.exit(as_shell(code) or 1)
         if outcome.status != DONE:
             sys.exit(AGAIN)
