@@ -82,11 +82,10 @@ def _hardware(
 def _setup(config: Mapping[str, Any], launcher: LauncherSettings) -> Setup:
     """How the run's ranks share it."""
     trainer, _, data = read_groups(config)
-    world = _devices(launcher.devices) * launcher.num_nodes
-    layout = Layout(world, 0, launcher.context_parallel, launcher.tensor_parallel, launcher.sharded)
+    layout = Layout(launcher.world, 0, launcher.context_parallel, launcher.tensor_parallel, launcher.sharded)
     batches = CounterBatches(0, 1, data.batch_size, trainer.accumulate, 0, layout.data)
     return Setup(
-        gpus=world,
+        gpus=layout.world,
         strategy="fsdp" if launcher.sharded else "ddp",
         tensor=layout.tensor,
         context=layout.context,
@@ -94,15 +93,6 @@ def _setup(config: Mapping[str, Any], launcher: LauncherSettings) -> Setup:
         accumulate=trainer.accumulate,
         recompute=trainer.checkpoint_activations,
     )
-
-
-def _devices(devices: Any) -> int:
-    """How many devices of a node Lightning would take."""
-    if devices in ("auto", -1, "-1"):
-        return max(1, torch.cuda.device_count())
-    if isinstance(devices, str) and "," in devices:
-        return len([part for part in devices.split(",") if part.strip()])
-    return len(devices) if isinstance(devices, (list, tuple)) else int(devices)
 
 
 def _print(found, hardware: Hardware | None, memory: float | None) -> None:

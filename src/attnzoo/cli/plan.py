@@ -11,7 +11,8 @@ from attnzoo.cli.zoo import table
 from attnzoo.plan import choose, read_hardware
 from attnzoo.plan.estimate import Choice
 from attnzoo.plan.request import VOCABULARY, Request, batch_of, fixed_of, job_of, read_request, vocabulary
-from attnzoo.plan.setup import Job
+from attnzoo.plan.rules import check_setup
+from attnzoo.plan.setup import Job, Setup
 from attnzoo.plan.show import HEAD, as_row, as_values, without_empty
 from attnzoo.sweep.grid import plain
 from attnzoo.train.prepare import read_groups
@@ -48,6 +49,8 @@ def plan(arguments: list[str]) -> int:
     names = any(key.partition(".")[0] == "tokenizer" for key in request.given)
     job = job_of(config, request.vocab_size or (vocabulary(config) if names else VOCABULARY))
     batch, fixed = batch_of(request, config), fixed_of(request, config)
+    together = fixed.get("tensor", 1) * fixed.get("context", 1)
+    check_setup(job, Setup(together, **{"strategy": "auto"} | fixed))
     choices = [choose(job, n, batch, hardware, request.overlap, fixed) for n in request.gpus]
     if "--json" in arguments:
         about = {

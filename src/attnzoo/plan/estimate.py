@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from attnzoo.plan.hardware import GIB, Hardware
 from attnzoo.plan.memory import PARTS, Memory, memory
+from attnzoo.plan.rules import check_setup
 from attnzoo.plan.setup import Job, Setup
 from attnzoo.plan.times import Times, times
 
@@ -73,7 +75,7 @@ def choose(
     """
     best, left_out, least = None, {}, None
     for tensor, context, data in _grids(job, gpus, batch, hardware, fixed or {}, left_out):
-        for setup in _micro_batches(gpus, tensor, context, batch // data, fixed or {}):
+        for setup in _micro_batches(job, gpus, tensor, context, batch // data, fixed or {}, left_out):
             try:
                 found = estimate(job, setup, hardware, overlap)
             except ValueError as error:
@@ -108,28 +110,46 @@ def _grids(
     tensors = [fixed["tensor"]] if "tensor" in fixed else _powers(min(hardware.per_node, heads, gpus))
     longest = min(MOST_CONTEXT, gpus, job.seq_len // LEAST_TOKENS)
     contexts = [fixed["context"]] if "context" in fixed else _powers(longest)
+    micro, parts = fixed.get("accumulate", 1), "the groups that read them"
+    if micro > 1:
+        parts += f" and their trainer.accumulate={micro} micro-batches"
     for tensor in tensors:
         for context in contexts:
             if gpus % (tensor * context):
                 _count(left_out, f"{gpus} GPUs are no multiple of tensor x context")
-            elif batch % (gpus // (tensor * context)):
-                _count(left_out, f"{batch} samples of a step do not divide among the groups that read them")
+            elif batch % (gpus // (tensor * context) * micro):
+                _count(left_out, f"{batch} samples of a step do not divide among {parts}")
             else:
                 yield tensor, context, gpus // (tensor * context)
 
 
 def _micro_batches(
-    gpus: int, tensor: int, context: int, samples: int, fixed: Mapping[str, Any]
+    job: Job,
+    gpus: int,
+    tensor: int,
+    context: int,
+    samples: int,
+    fixed: Mapping[str, Any],
+    left_out: dict[str, int],
 ) -> Iterable[Setup]:
     """Layouts that differ in strategy, recomputation and how many samples run at once."""
     shared = tensor * context > 1
     strategies = ("fsdp",) if shared else (("ddp",) if gpus == 1 else ("ddp", "fsdp"))
+    rows = [samples // fixed["accumulate"]] if "accumulate" in fixed else _divisors(samples)
     for strategy in [fixed["strategy"]] if "strategy" in fixed else strategies:
+        try:
+            check_setup(job, Setup(gpus, strategy, tensor, context, samples))
+        except ValueError as error:
+            _count(left_out, str(error).partition("; ")[0].partition(", got ")[0])
+            continue
         for recompute in [fixed["recompute"]] if "recompute" in fixed else (False, True):
-            for rows in [n for n in _powers(samples) if samples % n == 0]:
-                accumulate = samples // rows
-                if fixed.get("accumulate", accumulate) == accumulate:
-                    yield Setup(gpus, strategy, tensor, context, rows, accumulate, recompute)
+            for n in rows:
+                yield Setup(gpus, strategy, tensor, context, n, samples // n, recompute)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _powers(most: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,23 @@ from attnzoo.train.hardware import PEAK_BF16
 from attnzoo.train.settings import check_number, check_whole, nearest
 
 GIB = 2**30
+FLOPS, BYTES, RATE = "FLOPs per second, such as 1e15", "bytes, such as 8e10", "bytes per second, such as 5e10"
+SECONDS = "seconds, such as 5e-6"
+# lowest and highest value of a field, and how it is given
+RULES = {
+    "peak_flops": (1, math.inf, FLOPS),
+    "fp32_flops": (1, math.inf, FLOPS),
+    "memory": (1, math.inf, BYTES),
+    "memory_bandwidth": (1, math.inf, RATE),
+    "link": (1, math.inf, RATE),
+    "network": (1, math.inf, RATE),
+    "link_latency": (0, math.inf, SECONDS),
+    "network_latency": (0, math.inf, SECONDS),
+    "launch": (0, math.inf, SECONDS),
+    "efficiency": (1e-3, 1, "a share, such as 0.6"),
+    "bandwidth_efficiency": (1e-3, 1, "a share, such as 0.8"),
+    "reserve": (0, 0.9, "a share, such as 0.08"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,13 +70,15 @@ class Hardware:
 
     def __post_init__(self) -> None:
         check_whole("hardware.per_node", self.per_node, 1)
-        for field in ("efficiency", "bandwidth_efficiency"):
-            check_number(f"hardware.{field}", getattr(self, field), 1e-3, 1)
-        check_number("hardware.reserve", self.reserve, 0, 0.9)
-        for field in ("peak_flops", "fp32_flops", "memory", "memory_bandwidth", "link", "network"):
-            check_number(f"hardware.{field}", getattr(self, field), 1)
-        for field in ("link_latency", "network_latency", "launch"):
-            check_number(f"hardware.{field}", getattr(self, field), 0)
+        for field, (low, high, unit) in RULES.items():
+            try:
+                check_number(f"hardware.{field}", getattr(self, field), low, high)
+            except ValueError as error:
+                raise ValueError(f"{error}; give {unit}") from None
+        if not isinstance(self.asynchronous, bool):
+            raise ValueError(f"hardware.asynchronous: must be true or false, got {self.asynchronous!r}")
+        if not isinstance(self.source, str):
+            raise ValueError(f"hardware.source: must be text, got {self.source!r}; put it in quotes")
 
     @property
     def usable(self) -> float:
@@ -76,14 +96,25 @@ def read_hardware(folder: Path, name: str, changes: Mapping[str, Any] | None = N
     if name not in known:
         raise ValueError(f"hardware: no entry {name!r}; {nearest(str(name), known)}")
     values = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
-    legal = [f.name for f in fields(Hardware)]
+    legal = [f.name for f in fields(Hardware) if f.name != "name"]
     for key, value in (changes or {}).items():
+        if key == "name":
+            raise ValueError(f"hardware.name: is the entry's, got {value!r}; choose one with hardware={name}")
         if key not in legal:
             raise ValueError(f"hardware.{key}: no such key; {nearest(key, legal)}")
         values[key] = value
     if isinstance(values["peak_flops"], str):  # a name in the table that MFU is counted by
-        values["peak_flops"] = PEAK_BF16[values["peak_flops"]]
+        values["peak_flops"] = _peak(values["peak_flops"])
     return Hardware(name=name, **values)
+
+
+def _peak(device: str) -> float:
+    if device not in PEAK_BF16:
+        raise ValueError(
+            f"hardware.peak_flops: must be a number of at least 1 or a device's name, got {device!r}; "
+            f"{nearest(device, PEAK_BF16)}"
+        )
+    return PEAK_BF16[device]
 
 
 def entry_for(folder: Path, device: str) -> str | None:

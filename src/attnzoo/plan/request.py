@@ -13,7 +13,7 @@ import yaml
 from attnzoo.data.config import parse_tokenizer
 from attnzoo.data.tokenizer import ready_tokenizer
 from attnzoo.plan.setup import Job
-from attnzoo.train.prepare import model_options
+from attnzoo.train.prepare import model_options, read_launcher
 from attnzoo.train.settings import check_number, check_whole
 
 GPUS = (8, 64, 256, 1024)
@@ -50,7 +50,7 @@ class Request:
 
     @property
     def given(self) -> set[str]:
-        return {text.lstrip("+~").partition("=")[0] for text in self.overrides}
+        return {text.lstrip("+").partition("=")[0] for text in self.overrides}
 
 
 def read_request(arguments: Iterable[str]) -> Request:
@@ -67,24 +67,27 @@ def read_request(arguments: Iterable[str]) -> Request:
         elif key == "hardware":
             request.hardware = text
         elif key.startswith("hardware."):
-            request.changes[key.partition(".")[2]] = _value(text)
+            request.changes[key.partition(".")[2]] = _value(key, text)
         elif key == "gpus":
-            request.gpus = [_value(part) for part in text.strip("[]").split(",")]
+            request.gpus = [_value(key, part) for part in text.strip("[]").split(",")]
             for number in request.gpus:
                 check_whole("gpus", number, 1)
         elif key == "overlap":
-            request.overlap = _value(text)
+            request.overlap = _value(key, text)
             check_number("overlap", request.overlap, 0, 1)
         else:
-            value = _value(text)
+            value = _value(key, text)
             check_whole(key, value, 1)
             setattr(request, key, value)
     return request
 
 
-def _value(text: str) -> Any:
+def _value(key: str, text: str) -> Any:
     """A number also where YAML sees a word: 4e9."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter of 2026-13-01
+        raise ValueError(f"{key}: cannot be read, got {text!r}; give a number, or words in quotes") from None
     if isinstance(value, str):
         try:
             return float(value)
@@ -101,8 +104,8 @@ def job_of(config: Mapping[str, Any], vocab_size: int, gpu: bool = True, bf16: b
     """
     if bf16 is None:
         bf16 = config["trainer"]["precision"] != "fp32"
-    options = model_options(config, vocab_size)
-    return Job(options, config["data"]["seq_len"], config["optim"]["name"], bf16, gpu)
+    options, data = model_options(config, vocab_size), config["data"]
+    return Job(options, data["seq_len"], config["optim"]["name"], bf16, gpu, data.get("val_seq_len"))
 
 
 def vocabulary(config: Mapping[str, Any]) -> int:
@@ -125,11 +128,12 @@ def fixed_of(request: Request, config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a layout that the overrides give.
 
     Raises:
-        ValueError: a key that has another one in its place here, or a strategy that is not modelled.
+        ValueError: a key that has another one in its place here, or what the trainer refuses.
     """
     for key, own in INSTEAD.items():
         if key in request.given:
             raise ValueError(f"{key}: a plan is for several numbers of devices; use {own}=8,64")
+    read_launcher(config)
     fixed = {}
     for key, name in FIXES.items():
         group, _, option = key.partition(".")
@@ -137,6 +141,4 @@ def fixed_of(request: Request, config: Mapping[str, Any]) -> dict[str, Any]:
             fixed[name] = config[group][option]
     if fixed.get("strategy") == "auto":
         del fixed["strategy"]
-    if fixed.get("strategy", "fsdp") not in ("ddp", "fsdp"):
-        raise ValueError(f"launcher.strategy: plans know ddp and fsdp, got {fixed['strategy']!r}")
     return fixed

@@ -56,6 +56,7 @@ class Job:
         options: arguments of `create_model`. seq_len: tokens of a sample.
         optimiser: "adamw" or "muon". bf16: under autocast; else fp32.
         gpu: the implementations of a GPU; else those of this CPU.
+        val_seq_len: tokens of a held-out sample, where they are others.
     """
 
     options: Mapping[str, Any]
@@ -63,6 +64,7 @@ class Job:
     optimiser: str = "adamw"
     bf16: bool = True
     gpu: bool = True
+    val_seq_len: int | None = None
     _subjects: dict[int, Subject] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[tuple[int, int, int], Traced] = field(default_factory=dict, repr=False, compare=False)
 
@@ -77,11 +79,12 @@ class Job:
     def cost_at(self, length: int) -> Cost:
         """The model's costs at another length."""
         if length not in self._costs:
-            self._costs[length] = self._model.cost(length)
+            self._costs[length] = self.model.cost(length)
         return self._costs[length]
 
     @cached_property
-    def _model(self) -> Any:
+    def model(self) -> Any:
+        """Without weights."""
         with torch.device("meta"):
             return create_model(**self.options)
 

@@ -1,0 +1,32 @@
+"""What the trainer refuses, a plan refuses: the same checks, of a layout instead of a configuration."""
+
+from __future__ import annotations
+
+from attnzoo.parallel.context import check_spans
+from attnzoo.plan.setup import Job, Setup
+from attnzoo.train.prepare import check_ranks
+from attnzoo.train.settings import OptimSettings
+
+
+def check_setup(job: Job, setup: Setup) -> None:
+    """Whether a run of ``job`` may be laid out so.
+
+    Raises:
+        ValueError: in the trainer's words.
+    """
+    check_ranks(
+        {
+            "trainer": {"accumulate": setup.accumulate},
+            "optim": {"name": job.optimiser, "betas": OptimSettings().betas},
+            "data": {"name": "stdlib", "seq_len": job.seq_len, "batch_size": setup.batch},
+            "seed": 0,
+            "launcher": {
+                "devices": setup.gpus,
+                "strategy": setup.strategy,
+                "tensor_parallel": setup.tensor,
+                "context_parallel": setup.context,
+            },
+        }
+    )
+    if job.val_seq_len is not None:
+        check_spans(job.model, setup.context, job.val_seq_len)
