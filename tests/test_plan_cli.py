@@ -119,7 +119,7 @@ def test_a_peak_may_be_a_device_or_a_number() -> None:
 
 
 def planned(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
-    main(["plan", *SMALL, "gpus=8", *arguments, "--json"])
+    main(["plan", *SMALL, "--json", "gpus=8", *arguments])
     return json.loads(capsys.readouterr().out)["plans"][0]
 
 
@@ -131,7 +131,7 @@ def planned(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
         "data.batch_size=1000 trainer.accumulate=25",
         "data.seq_len=4096 data.batch_size=2",
         "data.seq_len=4096 data.batch_size=2 optim=muon",
-        "data=synthetic/parity data.seq_len=4096 data.val_seq_len=4098 data.batch_size=2",
+        "data=synthetic/parity data.seq_len=4096 data.val_seq_len=4097 data.batch_size=2",
     ],
 )
 def test_the_trainer_takes_what_is_planned(
@@ -228,7 +228,7 @@ def test_the_7b_size_is_its_name() -> None:
 def dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path / "cache"))
-    code = main(["train", "model=debug", "attention=mla", *arguments, "--dry-run"])
+    code = main(["train", "model=debug", "--dry-run", "attention=mla", *arguments])
     assert not list(tmp_path.iterdir())
     return code
 
