@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 import attnzoo
+from attnzoo.train.blocks import prepare_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +49,37 @@ def test_traced_blocks_equal_eager_ones(name: str) -> None:
 @pytest.mark.parametrize("name", ["mla", "linear", "gated_deltanet"])
 def test_generated_code_equals_eager(name: str) -> None:
     run(name, "inductor")
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("mha", 2), ("moh", 2), ("retnet", 2), ("gated_deltanet", 2), ("mha", 10)]
+)
+def test_blocks_compiled_and_recomputed(monkeypatch: pytest.MonkeyPatch, name: str, depth: int) -> None:
+    """Both at once, in fp64: what is left between them and plain blocks is the order of sums.
+
+    More layers than the graphs that torch lets one function have are compiled all the same.
+    """
+    torch.manual_seed(0)
+    options = dict(attnzoo.card(name).small)
+    model = attnzoo.create_model(name, vocab_size=50, dim=32, depth=depth, num_heads=4, **options).double()
+    tokens = torch.randint(0, 50, (2, 33))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        collector = attnzoo.Collector()
+        y = model(tokens, attnzoo.Context(collector=collector))
+        return y, *torch.autograd.grad(y.square().mean() + collector.total(), list(model.parameters()))
+
+    want = step()
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    with torch._dynamo.config.patch(
+        recompile_limit=8, accumulated_recompile_limit=256, fail_on_recompile_limit_hit=True
+    ):
+        prepare_blocks(model, recompute=True, compiled=True)
+        for _ in range(3):
+            got = step()
+            graphs = counters["stats"]["unique_graphs"]
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+        step()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs >= depth

@@ -15,6 +15,7 @@ from attnzoo.cli import main
 from attnzoo.train import callbacks
 from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.guard import RunFailed
+from attnzoo.train.sharded import read_sharded
 from attnzoo.train.store import save_checkpoint
 from runs import train
 
@@ -38,6 +39,21 @@ def test_an_export_gives_the_same_model(tmp_path: Path, capsys: pytest.CaptureFi
     (out / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"checkpoint: .*damaged"):
         attnzoo.load(out)
+
+
+@pytest.mark.parametrize("tied", [{"head": "embed"}, None])
+def test_shards_of_tied_weights_are_put_together_once(tmp_path: Path, tied: dict[str, str] | None) -> None:
+    """Earlier versions kept no record of them: the same numbers, twice."""
+    whole = torch.randn(5, 3)
+    for rank, part in enumerate(whole.split(3)):
+        shard = {"model": {"embed": part, "head": part}, "optimizer": {"embed": {"exp_avg": part}}}
+        torch.save(shard, tmp_path / f"rank-{rank:05d}.pt")
+    parts = {"batches": 2, "tensor": 1, "cuts": {}} | ({"tied": tied} if tied else {})
+    torch.save({"parts": parts}, tmp_path / "run.pt")
+    read = read_sharded(tmp_path)
+    assert all(torch.equal(read["model"][name], whole) for name in ("embed", "head"))
+    assert torch.equal(read["optimizer"]["embed"]["exp_avg"], whole)
+    assert (read["model"]["head"] is read["model"]["embed"]) is (tied is not None)
 
 
 def test_the_background_writes_what_the_foreground_does(

@@ -106,6 +106,16 @@ def test_auxiliary_losses_get_the_configured_weight(tmp_path: Path) -> None:
     assert reported[0.0]["train_loss"] == reported[0.5]["train_loss"]  # the language model's own
 
 
+def test_auxiliary_losses_are_reported_over_all_micro_batches(tmp_path: Path) -> None:
+    options = ("model.layout='mha,moh'", "trainer.accumulate=2", "trainer.log_every=2", "data.isolate=true")
+    train(tmp_path, *options, "trainer.aux_weights={moh/balance: 0.5}")
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 2
+    for line in lines:
+        # sums in fp64 of the same losses in fp32, of which one was rounded once more when it was weighted
+        assert line["aux_loss"] == pytest.approx(0.5 * line["aux/moh/balance"], rel=2**-23)
+
+
 def test_activation_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
     results = []
     for flag in ("true", "false"):

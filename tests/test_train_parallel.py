@@ -6,13 +6,18 @@ Models are in fp64 here, so that what is left between the runs is the order of s
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
 import attnzoo
+from attnzoo.cli import main
 from attnzoo.train.checkpoint import read_checkpoint
 from attnzoo.train.guard import RunFailed
 from attnzoo.train.prepare import prepare
@@ -55,12 +60,22 @@ def train_all(folder: str, variants: tuple[str, ...], *more: str) -> None:
         train(Path(folder), *options(variant, *more), name=variant)
 
 
-def run_ranks(folder: Path, text: Path, layout: str, variants: tuple[str, ...], *more: str) -> None:
+def train_compiled(*args: Any) -> None:
+    """The same with blocks compiled and recomputed; traced as always, without the time that code generation
+    takes."""
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")
+    train_all(*args, "trainer.compile=true", "trainer.checkpoint_activations=true")
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+def run_ranks(
+    folder: Path, text: Path, layout: str, variants: tuple[str, ...], *more: str, work: Any = train_all
+) -> None:
     ranks, *how = LAYOUTS[layout]
     folder.mkdir(exist_ok=True)
     (folder / "text").symlink_to(text / "text")
     children = start_ranks(
-        train_all, str(folder), variants, f"launcher.devices={ranks}", *how, *more, ranks=ranks, cwd=folder
+        work, str(folder), variants, f"launcher.devices={ranks}", *how, *more, ranks=ranks, cwd=folder
     )
     for child in children:
         ended = child.wait()
@@ -80,7 +95,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same(one: Path, other: Path) -> None:
     """Losses, gradients' norms, validation, weights and the state of the optimiser."""
     for a, b in zip(metrics(one), metrics(other), strict=True):
-        for key in {"train_loss", "aux_loss", "grad_norm", "val_loss", "val_bpb"} & a.keys():
+        named = {key for key in a if key.startswith("aux/")}
+        for key in named | ({"train_loss", "aux_loss", "grad_norm", "val_loss", "val_bpb"} & a.keys()):
             # the sums of losses pass through fp32 loggers of no rank: they are Python floats
             assert b[key] == pytest.approx(a[key], rel=CLOSE, abs=1e-12), (other, a["step"], key)
     first, second = read_checkpoint(one), read_checkpoint(other)
@@ -140,6 +156,28 @@ def test_parts_that_ranks_write_are_the_whole(alone: Path, tmp_path: Path, layou
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=CLOSE)
 
 
+def by_two(folder: str, strategy: str, sharded: str) -> None:
+    options = ("model.tie_head=true", "launcher.accelerator=cpu", "launcher.devices=2", "trainer.max_steps=1")
+    more = (f"launcher.strategy={strategy}", f"callbacks.checkpoint.sharded={sharded}")
+    train(Path(folder), *options, *more, name=f"{strategy}-{sharded}")
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+@pytest.mark.parametrize(("strategy", "sharded"), [("fsdp", "true"), ("fsdp", "false"), ("ddp", "true")])
+def test_tied_weights_are_kept_once(tmp_path: Path, strategy: str, sharded: str) -> None:
+    write_text(tmp_path)
+    for child in start_ranks(by_two, str(tmp_path), strategy, sharded, ranks=2, cwd=tmp_path):
+        ended = child.wait()
+        assert ended.returncode == 0, ended.stderr
+    run, out = tmp_path / f"{strategy}-{sharded}", tmp_path / "out"
+    saved = read_checkpoint(run)["model"]
+    assert saved["head.weight"].data_ptr() == saved["embed.weight"].data_ptr()
+    assert main(["export", str(run), str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["shared"] == {"head.weight": "embed.weight"}
+    train(tmp_path, "model.tie_head=true", "trainer.max_steps=2", f"ckpt_path={run}", name="on")
+
+
 def test_shards_that_cannot_be_written_fail_the_run(tmp_path: Path) -> None:
     with (
         mock.patch("attnzoo.train.sharded.write_checked", side_effect=OSError(28, "No space left on device")),
@@ -175,9 +213,19 @@ def test_a_folder_of_shards_is_verified(tmp_path: Path) -> None:
         ("launcher.tensor_parallel=2", "launcher.strategy=ddp"): ["launcher.strategy", "fsdp", "'ddp'"],
         ("launcher.tensor_parallel=0",): ["launcher.tensor_parallel", "at least 1", "0"],
         ("launcher.tensr_parallel=2",): ["launcher.tensr_parallel", "tensor_parallel"],
-        ("launcher.context_parallel=3",): ["data.seq_len", "32", "launcher.context_parallel=3"],
-        ("launcher.context_parallel=2", "attention=mtla"): ["launcher.context_parallel", "mtla"],
-        ("launcher.tensor_parallel=2", "attention=dcmha"): ["launcher.tensor_parallel", "dcmha"],
+        ("launcher.context_parallel=3", "launcher.devices=3"): [
+            "data.seq_len",
+            "32",
+            "launcher.context_parallel=3",
+        ],
+        ("launcher.context_parallel=2", "launcher.devices=2", "attention=mtla"): [
+            "launcher.context_parallel",
+            "mtla",
+        ],
+        ("launcher.tensor_parallel=2", "launcher.devices=2", "attention=dcmha"): [
+            "launcher.tensor_parallel",
+            "dcmha",
+        ],
         ("launcher.tensor_parallel=2", "optim=muon"): ["optim.name", "muon", "launcher.tensor_parallel=2"],
         ("launcher.timeout=0",): ["launcher.timeout", "0"],
     }.items(),
@@ -189,3 +237,13 @@ def test_what_cannot_be_shared_is_said_at_the_start(
         prepare(compose(tmp_path, *(f"+{o}" if "tensr" in o else o for o in given)))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+@pytest.mark.parametrize("layout", ["fsdp", "heads", "sequences"])
+def test_ranks_compile_and_recompute(alone: Path, tmp_path: Path, layout: str) -> None:
+    variants = ("mha", "moh", "gated_deltanet")
+    run_ranks(tmp_path, alone, layout, variants, work=train_compiled)
+    for variant in variants:
+        assert_same(alone / variant, tmp_path / variant)

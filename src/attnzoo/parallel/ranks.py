@@ -117,6 +117,14 @@ class Ranks:
         return value
 
 
+def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Later names of tensors that have several, each with the first one."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
+
+
 def _square(grad: Tensor, weight: float | Tensor) -> Tensor:
     """The weighted sum of squares in fp64, without a copy of ``grad`` where it has one weight."""
     if isinstance(weight, Tensor):

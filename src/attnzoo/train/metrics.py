@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -99,6 +99,7 @@ class Meter:
 
     def _open(self) -> None:
         self._nll = self._aux = self._count = 0.0
+        self._named: dict[str, Tensor] = {}
         self._timed = 0
         self._start = time.perf_counter()
 
@@ -110,6 +111,16 @@ class Meter:
         else:
             self._warm, self._start = True, time.perf_counter()
 
+    def hear(self, losses: Mapping[str, Mapping[int, tuple[Tensor, float]]], count: Tensor) -> None:
+        """Auxiliary losses of this rank's micro-batch with ``count`` targets; no wait for the device.
+
+        Args:
+            losses: as `Collector.losses`: name -> layer -> unweighted scalar loss, and its weight.
+        """
+        for name, layers in losses.items():
+            mean = torch.stack([value.detach() for value, _ in layers.values()]).mean()
+            self._named[name] = self._named.get(name, 0.0) + mean * count
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave out time that is not training: validation, checkpoints."""
@@ -119,8 +130,12 @@ class Meter:
         finally:
             self._start += time.perf_counter() - start
 
-    def report(self) -> dict[str, float | None]:
-        """Metrics since the last report; at least one step must have been added."""
+    def report(self, share: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float | None]:
+        """Metrics since the last report; at least one step must have been added.
+
+        Args:
+            share: the sums of what each rank heard, added up over all ranks, which call it together.
+        """
         seconds = time.perf_counter() - self._start
         self._steps, self._seconds = self._steps + self._timed, self._seconds + seconds
         speed = self._timed * self.tokens_per_step / seconds if self._timed else None
@@ -131,6 +146,9 @@ class Meter:
             "mfu": speed * self.flops_per_token / self.peak if speed and self.peak else None,
             "peak_memory_bytes": peak_memory(self.device),
         }
+        if self._named:
+            sums = share(torch.stack(list(self._named.values()))).tolist()
+            metrics |= {f"aux/{name}": s / self._count for name, s in zip(self._named, sums, strict=True)}
         self._open()
         return metrics
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from attnzoo import Collector
-from attnzoo.parallel.ranks import Ranks
+from attnzoo.parallel.ranks import Ranks, tied_names
 from attnzoo.parallel.shard import whole_layers
 from attnzoo.train.batches import Batch, batch_fingerprint
+from attnzoo.train.blocks import prepare_blocks
 from attnzoo.train.draws import derived_seed, seed_draws
 from attnzoo.train.evaluate import Validation
 from attnzoo.train.guard import RunFailed, find_culprit
@@ -86,11 +85,7 @@ class LanguageModule(pl.LightningModule):
         self.stop_signal = 0  # the signal that asked for an end
         self.meter: Meter | None = None
         self._resume = resume
-        if trainer.checkpoint_activations:
-            model.run_block = partial(recompute, use_reentrant=False)
-        if trainer.compile:
-            for block in model.blocks:
-                block.compile()
+        prepare_blocks(model, trainer.checkpoint_activations, trainer.compile)
 
     @property
     def fraction(self) -> float:
@@ -122,9 +117,11 @@ class LanguageModule(pl.LightningModule):
         """
         params = dict(self.model.named_parameters(remove_duplicate=False))
         take = self.ranks.parts if sharded else self.ranks.whole
+        weights, tied = self.model.state_dict(), tied_names(params)
+        found = take({name: weights[name] for name in weights if name not in tied}, params)
         state = named_state(self.model, self.optimizer)
         return {
-            "model": take(self.model.state_dict(), params),
+            "model": found | {name: found[first] for name, first in tied.items() if first in found},
             "model_config": dict(self.model.config),
             "optimizer": {
                 name: take(entry, dict.fromkeys(_shaped(entry, params[name]), params[name]))
@@ -148,6 +145,7 @@ class LanguageModule(pl.LightningModule):
         self._batches.append(batch)
         nll, count, auxiliary = self._loss_terms(batch, micro)
         self._sums += torch.stack([nll.detach(), auxiliary.detach() * count, count]).to(self._sums)
+        self.meter.hear(self._collector.losses, count.to(self._sums))
         for name, layers in self._collector.steps.items():
             known = self._stats.setdefault(name, {})
             for layer, value in layers.items():
@@ -223,9 +221,8 @@ class LanguageModule(pl.LightningModule):
             self.model.on_step(step, self._stats, generator)
 
     def _report(self, validate: bool) -> None:
-        metrics = {**vars(self.progress), **self.meter.report(), "lr": self._lr, "grad_norm": self._norm}
-        for name, layers in self._collector.losses.items():
-            metrics[f"aux/{name}"] = sum(value.item() for value, _ in layers.values()) / len(layers)
+        report = self.meter.report(lambda sums: self.ranks.add(sums / self.ranks.layout.tensor))
+        metrics = {**vars(self.progress), **report, "lr": self._lr, "grad_norm": self._norm}
         if validate:
             with self.meter.pause():
                 metrics |= self.validation.run(self.model, self.device, self.autocast)

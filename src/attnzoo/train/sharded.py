@@ -1,9 +1,9 @@
 """Checkpoints that every rank writes its own part of: a folder ``step-N/`` instead of a file.
 
-`rank-R.pt` holds what rank R has of weights and optimiser, `run.pt` the rest and how heads were cut, and
-`SHA256SUMS` the checksum of each. All are plain tensors and values: torch's own distributed checkpoints keep
-a pickled index, which would run whatever it holds. Read back, the parts are put together, so any layout of
-ranks can go on from it. The folder must be one that all ranks see.
+`rank-R.pt` holds what rank R has of weights and optimiser, `run.pt` the rest, how heads were cut and which
+names are of one tensor, and `SHA256SUMS` the checksum of each. All are plain tensors and values: torch's own
+distributed checkpoints keep a pickled index, which would run whatever it holds. Read back, the parts are put
+together, so any layout of ranks can go on from it. The folder must be one that all ranks see.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnzoo.parallel.layout import Layout
 from attnzoo.parallel.pieces import Block, Shards
+from attnzoo.parallel.ranks import tied_names
 from attnzoo.train.guard import RunFailed, check_finite
 from attnzoo.train.store import (
     NAME,
@@ -75,6 +76,7 @@ def save_sharded(
             "cuts": {
                 name: [cut.dim, [list(b) for b in cut.blocks]] for name, cut in cuts.items() if cut.blocks
             },
+            "tied": tied_names(content["model"]),
         }
         names = [f"rank-{rank:05d}.pt" for rank in range(layout.world)]
         lines = [*zip(sums, names, strict=True), (write_checked(making / REST, rest), REST)]
@@ -127,9 +129,11 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     files = [read(f"rank-{rank:05d}.pt") for rank in range(batches * tensor)]
     cuts = {name: _shards(cut, tensor) for name, cut in parts["cuts"].items()}
     join = lambda found, name: _joined(found, tensor, cuts.get(name))  # noqa: E731
+    model, tied = files[0]["model"], parts.get("tied", {})  # which earlier versions did not write
     content["model"] = {
-        name: join([file["model"].get(name) for file in files], name) for name in files[0]["model"]
+        name: join([file["model"].get(name) for file in files], name) for name in model if name not in tied
     }
+    content["model"] |= {name: content["model"][first] for name, first in tied.items()}
     content["optimizer"] = {
         name: {
             key: join([file["optimizer"][name].get(key) for file in files], name if value.ndim else "")
