@@ -1,6 +1,6 @@
 """Every cell of tests/exact_resume.py, killed and resumed: writes benchmarks/results/exact-resume.csv.
 
-Run again, it goes on with the cells that the file lacks. On two cores a cell takes 10 to 20 seconds.
+Run again, it goes on with the cells that the file lacks. On two cores a cell takes 4 to 20 seconds.
 
     python scripts/exact_resume.py [--out FILE] [--limit CELLS]
 """

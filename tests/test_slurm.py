@@ -194,7 +194,8 @@ def test_a_cancelled_sweep_goes_on_when_resumed(tmp_path: Path) -> None:
 def test_a_run_as_a_job_goes_on_bitwise_after_a_signal(tmp_path: Path) -> None:
     """SIGUSR1 stops it with a checkpoint, the job requeues itself once, and nothing shows it afterwards."""
     folder, options = tmp_path / "run", (f"trainer.max_steps={LONG}", "optim.name=muon")
-    code, out = shell(tmp_path, "train", *overrides(tmp_path, *HERE, *options, f"hydra.run.dir={folder}"))
+    more = (*HERE, *options, "data.num_workers=1", f"hydra.run.dir={folder}")  # a worker hears the signal too
+    code, out = shell(tmp_path, "train", *overrides(tmp_path, *more))
     assert code == 0 and "tail -F run/slurm/" in out, out
     job = re.match(r"job (\d+): run folder run\n", out)[1]
     try:
@@ -230,8 +231,8 @@ def endless(folder: Path, *options: str) -> tuple[Path, str]:
 
 
 def test_a_time_limit_stops_a_run_that_then_goes_on(tmp_path: Path) -> None:
-    """SLURM's own signal before its own time limit; both are coarse, a minute is the least it knows."""
-    folder, job = endless(tmp_path, "launcher.slurm.time=1", "launcher.slurm.signal_seconds=20")
+    """SLURM's own signal before its own time limit; it knows minutes, and signals up to half of one early."""
+    folder, job = endless(tmp_path, "launcher.slurm.time=2", "launcher.slurm.signal_seconds=30")
     check_goes_on(folder, job, "SIGUSR1")
 
 
@@ -250,6 +251,7 @@ def check_goes_on(folder: Path, job: str, by: str) -> None:
         stopped = json.loads((folder / "summary.json").read_text())
         assert stopped["status"] == "stopped" and stopped["stopped_by"] == by
         assert stopped["steps"] == logged(folder)[-1]["step"] > 3
+        subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
         hurry(job)
         until(lambda: len(logged(folder)) > stopped["steps"] + 3)
     finally:
