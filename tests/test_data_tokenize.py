@@ -277,3 +277,21 @@ def test_the_command(source: dict, tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert any(part in error for part in words.split("|")) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_options_and_overrides_mix_in_any_order(source: dict, tmp_path: Path, at: int):
+    out = tmp_path / "out"
+    arguments = [str(out), "data=text", f"data.path={source['path']}", "data.val_fraction=0.2"]
+    arguments[at:at] = ["--shard-tokens", "300"]
+    assert main(["tokenize", *arguments]) == 0
+    assert read_manifest(out).fingerprint == shards_of(tmp_path / "other", source).fingerprint
+
+
+def test_what_is_no_option_stays_a_mistake(capsys: pytest.CaptureFixture):
+    for arguments in (
+        ["tokenize", "out", "data=text", "--shards", "3", "seed=1"],
+        ["export", "run", "out", "more"],
+    ):
+        assert main(arguments) == 2
+        assert "unrecognized arguments" in capsys.readouterr().err

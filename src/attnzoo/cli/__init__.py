@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] in (["train"], ["sweep"], ["plan"]):
             return _command(arguments[0], arguments[0])(arguments[1:])
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
         return options.command(options)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -75,9 +75,21 @@ def _command(module: str, name: str) -> Callable[..., int]:
     return lambda *args: getattr(import_module(f"attnzoo.cli.{module}"), name)(*args)
 
 
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options and positionals in any order: argparse ends a list of positionals where an option begins."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and (options.many is None or any(argument.startswith("-") for argument in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        getattr(options, options.many).extend(more)
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="attnzoo", description="Attention variants for language-model pretraining.")
     parser.add_argument("--traceback", action="store_true", help="show the stack trace of an error")
+    parser.set_defaults(many=None)  # of a command: the positional that takes any number
     commands = parser.add_subparsers(required=True, metavar="command")
 
     listing = commands.add_parser("list", help="names of the variants")
@@ -115,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", help="the new folder")
     convert.add_argument("option", nargs="*", help="key=value, of the method; see docs/conversions.md")
     convert.add_argument("--samples", type=int, default=16, help="of text for calibration")
-    convert.set_defaults(command=_command("convert", "convert_command"))
+    convert.set_defaults(command=_command("convert", "convert_command"), many="option")
 
     export = commands.add_parser("export", help="weights of a run as safetensors, with config and tokenizer")
     export.add_argument("run", help="a run folder or a checkpoint")
@@ -128,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--shard-tokens", type=int, default=100_000_000, help="training tokens of a shard")
     tokenize.add_argument("--processes", type=int, default=1, help="the result does not depend on it")
     tokenize.add_argument("--check", action="store_true", help="compare every shard with its checksum")
-    tokenize.set_defaults(command=_command("tokenize", "tokenize_command"))
+    tokenize.set_defaults(command=_command("tokenize", "tokenize_command"), many="option")
 
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which implementation each variant uses here"
@@ -145,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--level", type=float, default=0.95, help="of the intervals and verdicts")
     compare.add_argument("--interval", default="t", help="t, bootstrap")
     compare.add_argument("--correction", default="holm", help="for several arms: holm, fdr_bh, none")
-    compare.set_defaults(command=_command("compare", "compare_command"))
+    compare.set_defaults(command=_command("compare", "compare_command"), many="runs")
 
     bench = commands.add_parser("bench", help="time the ops against SDPA, fla and plain torch")
     bench.add_argument("ops", nargs="*", help="scan, latent_decode, entmax; all without a name")
@@ -153,5 +165,5 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     bench.add_argument("--rounds", type=int, default=7)
     bench.add_argument("--out", default="benchmarks/results", help="folder of the CSV files")
-    bench.set_defaults(command=_command("bench", "bench_command"))
+    bench.set_defaults(command=_command("bench", "bench_command"), many="ops")
     return parser
