@@ -173,6 +173,9 @@ def _child(
     out: str, err: str, env: dict[str, str], cwd: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.setsid()
+    # whoever started the tests may have had them ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     multiprocessing.set_start_method(None, force=True)  # data workers start as they do in a run of a user
     for path, number in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -110,6 +110,7 @@ def test_a_terminal_that_goes(tmp_path: Path) -> None:
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
     )
     os.close(theirs)
     log = tmp_path / "run" / "metrics.jsonl"

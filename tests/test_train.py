@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -220,17 +221,24 @@ class Interrupt(Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
-def test_a_stop_signal_finishes_the_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
-    handler = signal.getsignal(number)
+@pytest.fixture
+def heard(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A stop signal that has a handler: whoever started the tests may have had it ignored."""
+    before = signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+@pytest.mark.parametrize("heard", STOPS, ids=lambda number: number.name, indirect=True)
+def test_a_stop_signal_finishes_the_step_and_saves(tmp_path: Path, heard: signal.Signals) -> None:
     interrupt = "+callbacks.interrupt"
-    options = (f"{interrupt}._target_={__name__}.Interrupt", f"{interrupt}.number={int(number)}")
+    options = (f"{interrupt}._target_={__name__}.Interrupt", f"{interrupt}.number={int(heard)}")
     options += (f"allow_targets=[{__name__}]",)
     _, summary = train(tmp_path, *options)
     assert (summary["status"], summary["steps"]) == ("stopped", 2)
-    assert summary["stopped_by"] == number.name
+    assert summary["stopped_by"] == heard.name
     assert (tmp_path / "run" / "checkpoints" / "step-00000002.pt").exists()
-    assert signal.getsignal(number) is handler
+    assert signal.getsignal(heard) is signal.SIG_DFL
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
