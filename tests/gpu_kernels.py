@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import Library
-from torch.overrides import TorchFunctionMode
 
 from attnzoo.ops.last_queries import takes
+from attnzoo.plan import trace
 
 BACK = "_backward"
 FLASH = "_scaled_dot_product_flash_attention"
 
 
-class AsGpu(TorchFunctionMode):
+class AsGpu(trace.AsGpu):
     """Tensors say that they are on a GPU, whose flash attention ``takes`` them or not."""
 
     def __init__(self, takes: bool = True) -> None:
@@ -31,14 +31,10 @@ class AsGpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func == Tensor.is_cpu.__get__:
-            return False
-        if func == Tensor.is_cuda.__get__:
-            return True
         if func is takes:
             self.asked += 1
             return self.takes
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextmanager

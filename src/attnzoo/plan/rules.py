@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from attnzoo.parallel.context import check_spans
+from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.plan.setup import Job, Setup
-from attnzoo.train.prepare import check_ranks
-from attnzoo.train.settings import OptimSettings
+from attnzoo.train.prepare import check_layout
 
 
 def check_setup(job: Job, setup: Setup) -> None:
@@ -14,19 +14,12 @@ def check_setup(job: Job, setup: Setup) -> None:
     Raises:
         ValueError: in the trainer's words.
     """
-    check_ranks(
-        {
-            "trainer": {"accumulate": setup.accumulate},
-            "optim": {"name": job.optimiser, "betas": OptimSettings().betas},
-            "data": {"name": "stdlib", "seq_len": job.seq_len, "batch_size": setup.batch},
-            "seed": 0,
-            "launcher": {
-                "devices": setup.gpus,
-                "strategy": setup.strategy,
-                "tensor_parallel": setup.tensor,
-                "context_parallel": setup.context,
-            },
-        }
+    launcher = LauncherSettings(
+        devices=setup.gpus,
+        strategy=setup.strategy,
+        tensor_parallel=setup.tensor,
+        context_parallel=setup.context,
     )
+    check_layout(launcher, job.optimiser, setup.batch, setup.accumulate)
     if job.val_seq_len is not None:
         check_spans(job.model, setup.context, job.val_seq_len)

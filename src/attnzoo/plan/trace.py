@@ -120,7 +120,7 @@ class Subject:
         keys = [(text, *_costs(m, length)) for text, m in zip(self.names, self.model.mixers, strict=True)]
         with self.mode, ExitStack() as stack:
             if self.gpu:
-                stack.enter_context(_AsGpu())
+                stack.enter_context(AsGpu())
             stack.enter_context(torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext())
             try:
                 return _Tracer(self, keys).run(rows, length, span)
@@ -131,7 +131,7 @@ class Subject:
                 ) from None
 
 
-class _AsGpu(TorchFunctionMode):
+class AsGpu(TorchFunctionMode):
     """Tensors say that they are on a GPU."""
 
     def __torch_function__(

@@ -61,7 +61,8 @@ def prepare(config: DictConfig) -> Run:
     plain = OmegaConf.to_container(config, resolve=True)
     plain["launcher"] = launcher_here(plain["launcher"])
     trainer, optim, data = read_groups(plain)
-    launcher = check_ranks(plain)
+    launcher = read_launcher(plain)
+    check_layout(launcher, optim.name, data.batch_size, trainer.accumulate)
     seed, field, start = plain["seed"], *_starting_point(plain)
     steps = trainer.total_steps(data.batch_size * data.seq_len)
     checkpoint = read_checkpoint(start, field) if start else None
@@ -120,24 +121,25 @@ def read_launcher(config: Mapping[str, Any]) -> LauncherSettings:
     return read_settings("launcher", LauncherSettings, ours)
 
 
-def check_ranks(config: Mapping[str, Any]) -> LauncherSettings:
-    """The `launcher` group; raises a ValueError where its ranks cannot share the run."""
-    trainer, optim, data = read_groups(config)
-    launcher = read_launcher(config)
-    if optim.name == "muon" and launcher.tensor_parallel > 1:
+def check_layout(launcher: LauncherSettings, optimiser: str, batch_size: int, accumulate: int) -> None:
+    """Raise a ValueError where ranks cannot share a run.
+
+    Args:
+        batch_size: samples of a step. accumulate: micro-batches of each rank.
+    """
+    if optimiser == "muon" and launcher.tensor_parallel > 1:
         raise ValueError(
             "optim.name: muon needs whole matrices, of which ranks that share heads have parts, got "
             f"launcher.tensor_parallel={launcher.tensor_parallel}; use adamw, or launcher.strategy=fsdp alone"
         )
     layout = Layout(launcher.world, 0, launcher.context_parallel, launcher.tensor_parallel)
-    CounterBatches(0, 1, data.batch_size, trainer.accumulate, 0, layout.data)
-    return launcher
+    CounterBatches(0, 1, batch_size, accumulate, 0, layout.data)
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for a run that could not begin, without reading data."""
-    check_ranks(config)
-    trainer, _, _ = read_groups(config)
+    trainer, optim, data = read_groups(config)
+    check_layout(read_launcher(config), optim.name, data.batch_size, trainer.accumulate)
     field, start = _starting_point(config)
     checkpoint = read_checkpoint(start, field) if start else None
     _check_model(_with_architecture(dict(config), checkpoint), trainer)

@@ -84,12 +84,15 @@ def check_resume(run: Run) -> None:
 
 def identity(run: Run) -> dict[str, Any]:
     """What decides which samples a step sees."""
-    # only where they are not the default: earlier checkpoints lack them
-    more = {"data.pack": run.corpus.pack if run.corpus.pack > 1 else None}
-    more |= {"data.isolate": run.config["data"].get("isolate") or None}
-    return {
+    found = {
         "data": run.corpus.fingerprint,
         "seed": run.plan.seed,
         "data.batch_size": run.plan.batch_size,
         "data.seq_len": run.plan.seq_len,
-    } | {key: value for key, value in more.items() if value is not None}
+    }
+    # only where they are not the default: earlier checkpoints lack them
+    if run.corpus.pack > 1:
+        found["data.pack"] = run.corpus.pack
+    if run.config["data"].get("isolate"):
+        found["data.isolate"] = True
+    return found
