@@ -208,6 +208,26 @@ def test_an_interruption_at_any_write_leaves_the_last_good_one(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("write", [1, 5, 9])
+def test_an_interruption_amid_the_bytes_is_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    """torch fails to close the file then, with an error of its own."""
+    save_checkpoint(tmp_path, 1, content(), keep=1)
+    writes = []
+
+    def interrupted(self: store._Watched, data: bytes) -> int:
+        writes.append(data)
+        if len(writes) == write:
+            raise KeyboardInterrupt
+        return len(data)
+
+    monkeypatch.setattr(store._Watched, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, content(), keep=1)
+    assert steps(tmp_path) == [1] and not list(tmp_path.glob(".*"))
+
+
 def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, content(), keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 import torch.utils.data
 
 from attnzoo.data.text import TextCorpus
+from attnzoo.parallel.pulse import Pulse
+from attnzoo.train import store
+from attnzoo.train.batches import CounterBatches, Loader
 from attnzoo.train.checkpoint import read_checkpoint
+from attnzoo.train.failure import explain
 from children import Child, group, until
 from faults import before, cli, one_line, strike, train_command
 
@@ -23,6 +29,20 @@ def trains(fault: str, arguments: list[str]) -> None:
             strike(fault, OSError("the disk is on fire"))
 
     before(TextCorpus, "sample", hit)
+    cli(*arguments)
+
+
+def trains_and_saves(arguments: list[str]) -> None:
+    """A run whose worker 1 dies while the bytes of the 6th checkpoint are being written."""
+    workers, writes = multiprocessing.active_children, []
+
+    def hit(watched: object, data: bytes) -> None:
+        writes.append(watched)
+        if len(set(writes)) == 6 and writes.count(watched) == 5 and len(workers()) == 2:
+            workers()[1].kill()
+            time.sleep(30)  # torch raises in here
+
+    before(store._Watched, "write", hit)
     cli(*arguments)
 
 
@@ -47,3 +67,36 @@ def test_a_worker(tmp_path: Path, fault: str, words: tuple[str, ...]) -> None:
     done = read_checkpoint(tmp_path / "run")["progress"]["step"]
     # workers read ahead, and of a death the run hears at once
     assert 5 <= done <= 15 and f"step-{done:08d}" in line
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """What torch raises then comes out of the writing, which turns it into an error of its own."""
+    options = ("data.num_workers=2", "callbacks.checkpoint.every=1")
+    ended = Child(
+        trains_and_saves, train_command(tmp_path, "trainer.max_steps=50", *options), cwd=tmp_path
+    ).wait()
+    assert ended.returncode == 1, ended.stderr
+    line = one_line(ended.stderr)
+    for word in ("of 2", "was killed by SIGKILL", "was the last read", f"ckpt_path={tmp_path / 'run'}"):
+        assert word in line
+    assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 5 and "step-00000005" in line
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*.tmp"))
+
+
+def test_a_death_that_turned_into_another_error_is_still_told(tmp_path: Path) -> None:
+    loader = Loader(
+        range(1000), CounterBatches(0, None, batch_size=2), num_workers=1, persistent_workers=True
+    )
+    next(iter(loader))
+    with pytest.raises(RuntimeError, match="DataLoader") as death:
+        loader._source._workers[0].kill()
+        time.sleep(30)  # torch raises in here
+    other = ValueError("a library's own words")
+    other.__context__, death.value.__context__ = death.value, other  # a circle, as a library may leave it
+    for error in (death.value, other):
+        told = explain(error, tmp_path, loader, Pulse(0, 1, timeout=1.0), step=7)
+        assert "step 7: data worker 0 of 1" in str(told) and "SIGKILL" in str(told)
+    own = ValueError("not of a worker")
+    own.__cause__ = own
+    assert explain(own, tmp_path, loader, Pulse(0, 1, timeout=1.0), step=7) is own
+    loader.end()

@@ -20,8 +20,19 @@ def explain(error: BaseException, folder: Path, loader: Loader, pulse: Pulse, st
         step: the one that did not come to its end.
     """
     # the connection to the others first: with it goes whatever else was under way
-    text = pulse.explain(error) or loader.explain(error) or _disk(error)
+    text = pulse.explain(error) or _of_loader(error, loader) or _disk(error)
     return RunFailed(f"step {step}: {text}; {way_on(folder)}") if text else error
+
+
+def _of_loader(error: BaseException | None, loader: Loader) -> str | None:
+    """A death is raised wherever the process happens to be, and may turn into another error there."""
+    seen = []
+    while error is not None and error not in seen:
+        if text := loader.explain(error):
+            return text
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextmanager

@@ -220,10 +220,10 @@ def newest_intact(folder: Path, without: Iterable[Path] = ()) -> Path | None:
 
 
 class _Watched:
-    """A binary file that sums up what is written, and remembers why a write failed."""
+    """A binary file that sums up what is written."""
 
     def __init__(self) -> None:
-        self.digest, self.error = hashlib.sha256(), None
+        self.digest = hashlib.sha256()
 
     def on(self, file: IO[bytes]) -> _Watched:
         self.file = file
@@ -234,20 +234,17 @@ class _Watched:
         return self.digest.hexdigest()
 
     def write(self, data: bytes) -> int:
-        try:
-            self.digest.update(data)
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        self.digest.update(data)
+        return self.file.write(data)
 
     def flush(self) -> None:
         self.file.flush()
 
 
 def _save(content: dict[str, Any], watched: _Watched) -> None:
-    # torch's writer turns a failed write into an error of its own that no longer says why
     try:
         torch.save({"format": FORMAT, **content}, watched)
     except RuntimeError as error:
-        raise watched.error or error from error
+        # whatever interrupts it, a full disk or what a signal raises: torch closes a file that is not whole,
+        # and it is this that it reports
+        raise (error.__context__ or error) from None
