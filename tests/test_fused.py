@@ -13,7 +13,19 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.attention.stages.mask import band
 from attnzoo.attention.timeline import Axis
-from attnzoo.ops import Keys, attention, blends, conv, cumulative, fused, kept, seen, unit_heads, wedge
+from attnzoo.ops import (
+    Keys,
+    attention,
+    blends,
+    conv,
+    cumulative,
+    fused,
+    kept,
+    seen,
+    taylor,
+    unit_heads,
+    wedge,
+)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -100,6 +112,11 @@ def test_log_sum_exps_so_far() -> None:
 def test_planes() -> None:
     for r in (1, 2, 5):
         both(wedge.wedge, wedge.plain_wedge, draw(2, 3, r), draw(2, 3, r, seed=1))
+
+
+def test_pairs_of_rows() -> None:
+    for n in (1, 2, 5, 6):
+        both(taylor.pairs, taylor.plain_pairs, draw(2, n, 3))
 
 
 @pytest.mark.parametrize("squash", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ def frames_of(
     site = site_of(place, bank)
     # the first also where one layer stands alone, for those that it stands for
     some, real = (
-        {entry.choose(site._replace(layer=i), **own) for i in range(depth)}
+        {entry.choose(replace(site, layer=i), **own) for i in range(depth)}
         for depth in (max(site.depth, 16), site.depth)
     )
     return entry.choose(site, **own), some, real

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from attnzoo.attention.site import Site
     from attnzoo.attention.timeline import Timeline
     from attnzoo.parallel.context import Span
 
@@ -22,22 +23,44 @@ class Collector:
         stats: ``name -> {layer: detached tensor}``.
         steps: the same, of what layers want to hear again after the optimiser's step (`Stage.on_step`).
 
-    Entries are keyed, not appended, so a recomputed forward (activation checkpointing) overwrites its own.
+    Entries are keyed, so a recomputed forward (activation checkpointing) overwrites its own.
     """
 
     def __init__(self) -> None:
-        self.losses: dict[str, dict[int, tuple[Tensor, float]]] = {}
-        self.stats: dict[str, dict[int, Tensor]] = {}
-        self.steps: dict[str, dict[int, Tensor]] = {}
+        self._losses: dict[str, dict[int, tuple[Tensor, float]]] = {}
+        self._stats: dict[str, dict[int, Tensor]] = {}
+        self._steps: dict[str, dict[int, Tensor]] = {}
+        self._heard: list[tuple[dict, str, Site, Any]] = []
 
-    def loss(self, name: str, layer: int, value: Tensor, weight: float) -> None:
-        self.losses.setdefault(name, {})[layer] = (value, weight)
+    def loss(self, name: str, site: Site, value: Tensor, weight: float) -> None:
+        self._heard.append((self._losses, name, site, (value, weight)))
 
-    def stat(self, name: str, layer: int, value: Tensor) -> None:
-        self.stats.setdefault(name, {})[layer] = value.detach()
+    def stat(self, name: str, site: Site, value: Tensor) -> None:
+        self._heard.append((self._stats, name, site, value.detach()))
 
-    def step(self, name: str, layer: int, value: Tensor) -> None:
-        self.steps.setdefault(name, {})[layer] = value.detach()
+    def step(self, name: str, site: Site, value: Tensor) -> None:
+        self._heard.append((self._steps, name, site, value.detach()))
+
+    def settle(self) -> None:
+        """Sort in what was reported; between layers, so that all find the same and share compiled code."""
+        for known, name, site, value in self._heard:
+            known.setdefault(name, {})[site.layer] = value
+        self._heard.clear()
+
+    @property
+    def losses(self) -> dict[str, dict[int, tuple[Tensor, float]]]:
+        self.settle()
+        return self._losses
+
+    @property
+    def stats(self) -> dict[str, dict[int, Tensor]]:
+        self.settle()
+        return self._stats
+
+    @property
+    def steps(self) -> dict[str, dict[int, Tensor]]:
+        self.settle()
+        return self._steps
 
     def total(self, weights: Mapping[str, float] | None = None) -> Tensor:
         """Sum over loss names of ``weight * mean over layers``.

@@ -69,18 +69,18 @@ class Call:
         """Reports an auxiliary loss (a scalar, not yet weighted) of this layer."""
         if self.ctx.collector is not None:
             loss = loss if self.share is None else self.share.once(loss)
-            self.ctx.collector.loss(name, self.site.layer, loss, weight)
+            self.ctx.collector.loss(name, self.site, loss, weight)
 
     def stat(self, name: str, value: Tensor) -> None:
         """Reports a diagnostic; ``(B, T, ...)`` values come out in the caller's order, zero at padding."""
         if self.ctx.collector is not None:
             per_token = value.shape[:2] == self.x.shape[:2]
-            self.ctx.collector.stat(name, self.site.layer, self.line.restore(value) if per_token else value)
+            self.ctx.collector.stat(name, self.site, self.line.restore(value) if per_token else value)
 
     def step(self, name: str, value: Tensor) -> None:
         """Reports a statistic of this forward that `Stage.on_step` gets after the optimiser's step."""
         if self.ctx.collector is not None:
-            self.ctx.collector.step(name, self.site.layer, value)
+            self.ctx.collector.step(name, self.site, value)
 
     def mean_over_tokens(self, z: Tensor) -> Tensor:
         """Mean of ``z`` ``(B, T, ...)`` over the tokens that are not padding, those of all parts."""

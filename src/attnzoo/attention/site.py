@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -38,7 +38,8 @@ class Plain:
         return layer
 
 
-class Site(NamedTuple):
+@dataclass(frozen=True)
+class Site:
     """Where a mixer stands: ``layer`` of ``depth``, the longest sequence, who makes its weights, and the
     modules that the layers of its model share.
     """
@@ -46,7 +47,7 @@ class Site(NamedTuple):
     layer: int = 0
     depth: int = 1
     max_len: int = 2048
-    weights: Plain = Plain()
+    weights: Plain = field(default_factory=Plain)
     bank: dict[str, nn.Module] | None = None
 
     def shared(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:

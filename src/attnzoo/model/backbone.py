@@ -116,6 +116,8 @@ class LanguageModel(nn.Module):
             h = self._embedded(line.compact(tokens))
         for i, block in enumerate(self.blocks):
             h = self.run_block(block, h, ctx, line, cache.layers[i] if cache else None)
+            if ctx.collector is not None:
+                ctx.collector.settle()
         line.advance()
         if placed:
             h = line.restore(h).gather(1, placed.slots[..., None].expand(-1, -1, h.shape[2]))

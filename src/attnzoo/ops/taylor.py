@@ -48,17 +48,29 @@ def features(z: Tensor, order: int, packed: bool = True) -> Tensor:
     if order == 1:
         return one
     if packed:
-        return Pairs.apply(one)
+        return pairs(one)
     return torch.cat([one, (z[..., :, None, :] * z[..., None, :, :]).flatten(-3, -2)], dim=-2)
 
 
-class Pairs(torch.autograd.Function):
+def pairs(rows: Tensor) -> Tensor:
     """Products of two of ``n`` rows, each pair once: ``(..., n, C)`` -> ``(..., n (n + 1) / 2, C)``.
 
     Row i times row i + r round the circle meets each pair once for r up to n / 2: runs of rows in place of
     index tables, which are slow to gather and slower to scatter.
     """
+    return plain_pairs(rows) if torch.compiler.is_compiling() else _Pairs.apply(rows)
 
+
+def plain_pairs(rows: Tensor) -> Tensor:
+    """`pairs` in torch's own operations."""
+    n = rows.shape[-2]
+    circle = torch.cat([rows, rows[..., : n // 2, :]], dim=-2)
+    return torch.cat(
+        [circle[..., :width, :] * circle[..., r : r + width, :] for r, width in _runs(n)], dim=-2
+    )
+
+
+class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
         n = rows.shape[-2]

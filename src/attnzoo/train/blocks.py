@@ -14,13 +14,15 @@ GRAPHS = 8  # that one block may need, as torch's own limit: with gradients, wit
 
 
 def prepare_blocks(model: nn.Module, recompute: bool, compiled: bool) -> None:
-    """Let ``model`` keep the inputs of its blocks only, and compile each block, from its next forward on."""
+    """Let ``model`` keep the inputs of its blocks only, and compile each kind of block once, from its next
+    forward on.
+    """
     if recompute:
         model.run_block = recomputed
     if compiled:
         for block in model.blocks:
             block.compile()
-        # layers know their numbers, so none runs another's graph, and torch counts those of all together:
+        # blocks alike share their graphs, but all may differ, and torch counts those of all together:
         # past its limit it would run the rest as they are
         config, graphs = torch._dynamo.config, GRAPHS * len(model.blocks)
         config.recompile_limit = max(config.recompile_limit, graphs)
@@ -32,13 +34,15 @@ def recomputed(
 ) -> Tensor:
     """A block that keeps its input only.
 
-    Both passes begin with what the layers before remembered on ``line``: compiled code that finds more there
-    saves other tensors for the backward pass.
+    Both passes begin with what the layers before remembered on ``line`` and with nothing unsettled: compiled
+    code that finds more there is other code, which saves other tensors for the backward pass.
     """
     known = line.memo
 
     def run(*args: object) -> Tensor:
         line.memo = dict(known)
+        if ctx.collector is not None:
+            ctx.collector.settle()
         return block(*args)
 
     return checkpoint(run, h, ctx, line, cache, use_reentrant=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def provide(draft: Draft, bank: Bank) -> None:
             f"add: {draft.current} makes the weights of plain matrices, another variant of the composition "
             "already does; leave one of them out"
         )
-    draft.site = draft.site._replace(weights=bank)
+    draft.site = replace(draft.site, weights=bank)
 
     def settled(done: Draft) -> None:
         for slot, matrices in (("project", "qkv"), ("out", "o")):

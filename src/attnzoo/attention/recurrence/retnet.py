@@ -17,6 +17,7 @@ its eps, and matrices start as everywhere here, N(0, 0.02^2); xavier_init starts
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -159,7 +160,7 @@ def retnet(
         )
     draft.v_head_dim = int(width)
     if xavier_init:
-        draft.site = draft.site._replace(weights=Xavier(draft.site.weights))
+        draft.site = replace(draft.site, weights=Xavier(draft.site.weights))
     H, host = draft.o_heads, draft.host
     draft.put("gates", (Kept if torchscale_norm else FixedDecay)(H, paces))
     if torchscale_norm:

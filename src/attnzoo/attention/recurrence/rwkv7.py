@@ -84,7 +84,7 @@ class ShiftedLerp(Early, Stage):
         blend = dict(zip(MIXES, blends(x, last, self.mu.to(x.dtype)), strict=True))
         call.notes |= {f"x^{name}": blend[name] for name in "wag"}
         r, k, v = self.r(blend["r"]), self.k(blend["k"]), self.v(blend["v"])
-        if self.layer == 0:
+        if self.v_mix is None:  # the first layer
             call.shared["v_first"] = v
         else:
             share = torch.sigmoid(self.v0.to(v.dtype) + self.v_mix(blend["v"]))
