@@ -63,3 +63,10 @@ def train(folder: Path, *more: str, name: str = "run") -> tuple[Run, dict[str, A
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run folder's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_so_far(folder: Path) -> list[dict[str, Any]]:
+    """The same of a run that goes on, which may be amid a line, or has written none."""
+    file = folder / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

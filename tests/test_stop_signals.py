@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from attnzoo.train.checkpoint import read_checkpoint
 from children import Child, group, run_child, start_ranks, until
-from runs import metrics, overrides
+from runs import metrics, metrics_so_far, overrides
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130, signal.SIGHUP: 129}
 LEFT = 3  # steps done when the signal comes in the second micro-batch of the third
@@ -98,6 +99,72 @@ def test_a_signal_to_all_processes_of_a_run(tmp_path: Path, number: signal.Signa
     check_stopped(tmp_path / "run", number)
 
 
+def trains_as_workers_start(arguments: list[str]) -> None:
+    """All processes get a signal from a loader process that has not come to ignore it; the run listens."""
+    from attnzoo.train import batches, callbacks
+
+    begin, listen, listens = batches._worker, callbacks.GracefulStop.on_train_start, Path("listens")
+
+    def listening(*args: object) -> None:
+        listen(*args)
+        listens.touch()
+
+    def worker(number: int) -> None:
+        if number == 1:  # the first batch, read before the run listens, is of the other one
+            until(listens.exists)
+            os.killpg(0, signal.SIGTERM)
+        begin(number)
+
+    batches._worker, callbacks.GracefulStop.on_train_start = worker, listening
+    trains(0, 0, arguments)
+
+
+@pytest.mark.multi
+def test_a_signal_while_loader_processes_start(tmp_path: Path) -> None:
+    ended = run_child(trains_as_workers_start, command(tmp_path, "data.num_workers=2"), cwd=tmp_path)
+    assert ended.returncode == CODES[signal.SIGTERM], ended.stdout + ended.stderr
+    assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 1
+
+
+def trains_and_hears_again(number: int, moment: str, arguments: list[str]) -> None:
+    """A run that gets a signal in its third step, and once more at the ``moment`` of its end."""
+    from attnzoo.train import callbacks, run
+
+    waits, save, finish = threading.Event(), callbacks.save_checkpoint, callbacks.Writer.finish
+    end_ranks, here = run.end_ranks, os.getpid()
+
+    def late(*args: object) -> None:
+        waits.wait()
+        os.kill(here, number)
+        save(*args)
+
+    def waiting(writer: callbacks.Writer) -> str | None:
+        if writer._thread is not None:
+            waits.set()
+        return finish(writer)
+
+    def closing(trainer: object) -> None:
+        os.kill(here, number)
+        end_ranks(trainer)
+
+    if moment == "written":
+        callbacks.save_checkpoint, callbacks.Writer.finish = late, waiting
+    else:
+        run.end_ranks = closing
+    trains(number, 0, arguments)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("moment", ["written", "closed"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_that_comes_again(tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    """As from a scheduler, which asks a process and its parent: the last checkpoint is waited for."""
+    arguments = command(tmp_path, "callbacks.checkpoint.background=true")
+    ended = run_child(trains_and_hears_again, number, moment, arguments, cwd=tmp_path)
+    assert ended.returncode == CODES[number], ended.stdout + ended.stderr
+    check_stopped(tmp_path / "run", number)
+
+
 @pytest.mark.multi
 def test_a_terminal_that_goes(tmp_path: Path) -> None:
     """Nothing can be printed any more, and the run ends as well as by another signal."""
@@ -113,9 +180,8 @@ def test_a_terminal_that_goes(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
     )
     os.close(theirs)
-    log = tmp_path / "run" / "metrics.jsonl"
     try:
-        until(lambda: log.exists() and len(metrics(log.parent)) > 3)
+        until(lambda: len(metrics_so_far(tmp_path / "run")) > 3)
         os.close(ours)
         run.send_signal(signal.SIGHUP)  # the kernel would send it to who has the terminal
         assert run.wait(60) == 129

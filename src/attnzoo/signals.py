@@ -37,6 +37,21 @@ def ignore() -> None:
     """
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):  # what came while they were `held` is forgotten with this
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let the stop signals wait while helpers of a run start, which `ignore` them only once they run."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -92,8 +107,8 @@ class Request:
 
     def close(self) -> None:
         """Handle the signals as before."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        for number, before in self._previous.items():
+            signal.signal(number, before)
 
 
 def exit_code(number: int) -> int:

@@ -50,14 +50,14 @@ def trains_and_saves(arguments: list[str]) -> None:
     ("fault", "words"),
     [
         ("dies", ("data worker 1 of 2", "was killed by SIGKILL", "data.num_workers=0")),
-        ("hangs", ("data worker 1 of 2", "hangs: no batch for 2 s", "data.worker_timeout")),
+        ("hangs", ("data worker 1 of 2", "hangs: no batch for 10 s", "data.worker_timeout")),
         ("raises", ("data worker 1", "OSError: the disk is on fire")),
     ],
 )
 def test_a_worker(tmp_path: Path, fault: str, words: tuple[str, ...]) -> None:
-    options = ("data.num_workers=2", "data.worker_timeout=2", "callbacks.checkpoint.every=1")
+    options = ("data.num_workers=2", "data.worker_timeout=10", "callbacks.checkpoint.every=1")
     child = Child(trains, fault, train_command(tmp_path, "trainer.max_steps=50", *options), cwd=tmp_path)
-    until(lambda: not child.alive, 60)
+    until(lambda: not child.alive)
     until(lambda: not group(child.pid), 5)  # before `wait` kills what is left
     ended = child.wait()
     assert ended.returncode == 1, ended.stderr
@@ -100,3 +100,15 @@ def test_a_death_that_turned_into_another_error_is_still_told(tmp_path: Path) ->
     own.__cause__ = own
     assert explain(own, tmp_path, loader, Pulse(0, 1, timeout=1.0), step=7) is own
     loader.end()
+
+
+def test_a_worker_is_not_taken_for_a_rank(tmp_path: Path) -> None:
+    """Of several ranks, whose lost connection is told by time-outs too; and before any worker is known."""
+    loader = Loader(range(1000), CounterBatches(0, None, batch_size=2), num_workers=1)
+    for death in ("DataLoader timed out after 2 seconds", "DataLoader worker (pid 7) is killed by signal"):
+        told = str(explain(RuntimeError(death), tmp_path, loader, Pulse(0, 2, timeout=1.0), step=1))
+        assert "step 1: a data worker died at its start" in told and "data.num_workers=0" in told
+    lost = RuntimeError("Connection closed by peer")
+    assert "ranks did not all connect" in str(
+        explain(lost, tmp_path, loader, Pulse(0, 2, timeout=1.0), step=1)
+    )

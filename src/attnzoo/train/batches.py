@@ -80,7 +80,9 @@ class Loader(DataLoader):
         self.batches, self.served, self._source = batches, 0, None
 
     def __iter__(self) -> Iterator[Batch]:
-        self.served, self._source = 0, super().__iter__()
+        self.served, self._source = 0, None
+        with signals.held():
+            self._source = super().__iter__()
         for batch in self._source:
             self.served += 1
             yield batch
@@ -105,7 +107,10 @@ class Loader(DataLoader):
             kind, _, reason = text.strip().splitlines()[-1].partition(": ")
             reason = reason if kind.rpartition(".")[2] == "ValueError" else f"{kind}: {reason}"
             return f"data worker {number[1] if number else '?'}: {reason}; {where}"
-        workers, hint = self._source._workers, "data.num_workers=0 reads in the run's own process"
+        hint = "data.num_workers=0 reads in the run's own process"
+        if self._source is None:  # the others were still being started
+            return f"a data worker died at its start; {hint}"
+        workers = self._source._workers
         dead = [(i, worker) for i, worker in enumerate(workers) if not worker.is_alive() and worker.exitcode]
         if dead:
             i, worker = dead[0]

@@ -147,7 +147,12 @@ class Draws(Callback):
 
 
 class GracefulStop(Callback):
-    """The first stop signal ends the run after its step, with a checkpoint; a second Ctrl-C aborts it."""
+    """The first stop signal ends the run after its step, with a checkpoint; a second Ctrl-C aborts it.
+
+    It hears them until `close`: schedulers send them again while the last checkpoint is still being written.
+    """
+
+    _request: Request | None = None
 
     def on_train_start(self, trainer: Trainer, module: LanguageModule) -> None:
         def tell(number: int) -> None:
@@ -155,9 +160,7 @@ class GracefulStop(Callback):
 
         self._request = Request(tell)
 
-    def on_train_end(self, trainer: Trainer, module: LanguageModule) -> None:
-        self._request.close()
-
-    def on_exception(self, trainer: Trainer, module: LanguageModule, exception: BaseException) -> None:
-        if hasattr(self, "_request"):
+    def close(self) -> None:
+        """Handle the signals as before the run."""
+        if self._request is not None:
             self._request.close()

@@ -19,8 +19,8 @@ def explain(error: BaseException, folder: Path, loader: Loader, pulse: Pulse, st
         folder: of the run.
         step: the one that did not come to its end.
     """
-    # the connection to the others first: with it goes whatever else was under way
-    text = pulse.explain(error) or _of_loader(error, loader) or _disk(error)
+    # what a worker's error says of itself; then the connection, with which goes whatever else was under way
+    text = loader.explain(error) or pulse.explain(error) or _of_loader(error, loader) or _disk(error)
     return RunFailed(f"step {step}: {text}; {way_on(folder)}") if text else error
 
 

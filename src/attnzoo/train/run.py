@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -46,7 +46,8 @@ def execute(run: Run) -> dict[str, Any]:
         ValueError: the hardware or a logger asked for is not there; nothing is written.
     """
     quieten()
-    trainer, reason, layout = _build_trainer(run)
+    stop = GracefulStop()
+    trainer, reason, layout = _build_trainer(run, stop)
     ranks, pulse = Ranks(layout), Pulse(layout.rank, layout.world, run.launcher.timeout)
     trainer.callbacks.append(pulse)
     adopt(trainer)
@@ -76,21 +77,22 @@ def execute(run: Run) -> dict[str, Any]:
             logger.log_hyperparams(redact(run.config))
     data = run.config["data"]
     loader = train_loader(run.corpus, batches, data["num_workers"], data.get("worker_timeout", 0))
-    try:
-        trainer.fit(module, loader)
-    except BaseException as error:
-        known = explain(error, run.folder, loader, pulse, module.progress.step + 1)
-        pulse.leave(_reason(known))
-        with suppress(OSError):  # of a full disk, too
-            _close_folder(run, trainer, module, error=_reason(known))
-        if known is error:
-            raise
-        raise known from error
-    finally:
-        loader.end()
-        end_ranks(trainer)
-    with deaf(), closing(run.folder):
-        return _close_folder(run, trainer, module)
+    with contextlib.closing(stop):
+        try:
+            trainer.fit(module, loader)
+        except BaseException as error:
+            known = explain(error, run.folder, loader, pulse, module.progress.step + 1)
+            pulse.leave(_reason(known))
+            with contextlib.suppress(OSError):  # of a full disk, too
+                _close_folder(run, trainer, module, error=_reason(known))
+            if known is error:
+                raise
+            raise known from error
+        finally:
+            loader.end()
+            end_ranks(trainer)
+        with deaf(), closing(run.folder):
+            return _close_folder(run, trainer, module)
 
 
 def _reason(error: BaseException) -> str:
@@ -99,7 +101,7 @@ def _reason(error: BaseException) -> str:
     return "interrupted" if interrupted else redact_text(str(error)) or type(error).__name__
 
 
-def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
+def _build_trainer(run: Run, stop: GracefulStop) -> tuple[pl.Trainer, str, Layout]:
     """Lightning's trainer, why it has its precision, and this rank's place."""
     launcher = run.launcher
     wanted = launcher.accelerator
@@ -108,7 +110,7 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
     device = torch.device("cuda" if gpu else "mps" if mps else "cpu")
     precision, reason = choose_precision(run.trainer.precision, device, run.model.config["dim"])
     draws = run.resume.get("draws", []) if run.resume else []
-    callbacks = [Draws(draws), GracefulStop(), *_instances(run.config, "callbacks", pl.Callback)]
+    callbacks = [Draws(draws), stop, *_instances(run.config, "callbacks", pl.Callback)]
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # it saves what the others did
     for callback in callbacks:
         if isinstance(callback, Checkpoint):
@@ -141,6 +143,8 @@ def _build_trainer(run: Run) -> tuple[pl.Trainer, str, Layout]:
         )
     except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"launcher: {str(error).splitlines()[0]}, got {vars(launcher)}") from error
+    # its own would have the ranks meet in a handler, and go back to those before it ahead of the summary
+    trainer._signal_connector.register_signal_handlers = lambda: None
     split = {"context": launcher.context_parallel, "tensor": launcher.tensor_parallel}
     layout = Layout(trainer.world_size, trainer.global_rank, **split, sharded=launcher.sharded)
     return trainer, reason, layout

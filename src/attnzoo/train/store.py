@@ -245,6 +245,8 @@ def _save(content: dict[str, Any], watched: _Watched) -> None:
     try:
         torch.save({"format": FORMAT, **content}, watched)
     except RuntimeError as error:
+        if error.__context__ is None:
+            raise
         # whatever interrupts it, a full disk or what a signal raises: torch closes a file that is not whole,
         # and it is this that it reports
-        raise (error.__context__ or error) from None
+        raise error.__context__ from error
