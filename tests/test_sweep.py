@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import itertools
 import json
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +21,10 @@ from hydra.core.config_store import ConfigStore
 import attnzoo
 from attnzoo.cli import main
 from attnzoo.cli.tree import compose, opened
-from attnzoo.sweep import commands
+from attnzoo.sweep import commands, owner
 from attnzoo.sweep.grid import expand, plain
 from attnzoo.sweep.manifest import RUN, TUNE, Cell, Manifest, cell_id, read_manifest, write_manifest
+from attnzoo.sweep.owner import LOCK, in_charge
 from attnzoo.sweep.plan import plan
 from attnzoo.sweep.pool import settle
 from attnzoo.sweep.request import read_request
@@ -314,6 +319,37 @@ def test_states_come_from_the_folders(written: Manifest) -> None:
     write_outcome(written, three, Outcome("done", 0, "", 2))  # says so itself, but there is no summary
     assert state(written, three).status == "waiting"
     assert [cell.id for cell in commands.pending(written)] == [two.id, three.id, four.id]
+
+
+def test_looks_at_a_lock_disturb_nobody(written: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`attnzoo sweep status` looks at every lock while a sweep goes on."""
+    file = written.lock_file(written.cells[0])
+    file.touch()
+    with file.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert not locked(file)
+    lock = written.folder / LOCK
+    lock.touch()
+    looked = threading.Event()
+    with lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        sleep = time.sleep
+
+        def until_gone(seconds: float) -> None:  # the taker waits, and then there is nobody
+            looked.set()
+            fcntl.flock(other, fcntl.LOCK_UN)
+            sleep(seconds)
+
+        monkeypatch.setattr(time, "sleep", until_gone)
+        with in_charge(written):
+            assert looked.is_set() and locked(lock)
+            monkeypatch.setattr(time, "sleep", sleep)
+            monkeypatch.setattr(owner, "GLANCE", 0.1)
+            with (
+                pytest.raises(ValueError, match=rf"is running \(process {os.getpid()}\)"),
+                in_charge(written),
+            ):
+                pass
 
 
 def test_an_end_that_the_process_could_not_record_is_recorded(written: Manifest) -> None:

@@ -18,13 +18,14 @@ from attnzoo.sweep.state import locked
 from attnzoo.train.folder import write_json
 
 LOCK, OWNER = "sweep.lock", "sweep.json"
+GLANCE = 1.0  # seconds, more than any look at a lock takes
 
 
 @contextmanager
 def in_charge(manifest: Manifest) -> Iterator[None]:
     """Be the only process that starts cells of this sweep."""
     try:
-        lock = FileLock(manifest.folder / LOCK, timeout=0).acquire()
+        lock = FileLock(manifest.folder / LOCK, timeout=GLANCE).acquire()
     except Timeout:
         raise ValueError(
             f"sweep: {manifest.name} is running (process {owner(manifest).get('pid', 'unknown')}); "

@@ -89,13 +89,22 @@ def states(manifest: Manifest, active: Mapping[str, str] | None = None) -> dict[
 
 def locked(file: Path) -> bool:
     """Whether a living process holds the lock; the system frees it whatever way the process ends."""
-    if not file.exists():
-        return False
     try:
-        with FileLock(file, timeout=0):
-            return False
-    except Timeout:
+        import fcntl
+
+        with open(file) as lock:  # shared: two that look do not take each other for the holder
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
+    except (ImportError, OSError):  # a system without such locks, or a file system
+        try:
+            with FileLock(file, timeout=0):
+                return False
+        except Timeout:
+            return True
 
 
 def _json(file: Path) -> dict[str, Any] | None:
