@@ -57,6 +57,13 @@ REFUSED = [
     ({"sweeper": {"params": {"seed": "${evil}"}}}, "sweeper.params.seed", "write it without ${...}"),
     ({"sweeper": {"params": {"a": "${hydra.job.env_set}"}}}, "sweeper.params.a", "write it without"),
     ({"job": {"env_set": {VARIABLE: "evil_zoo"}}}, f"job.env_set.{VARIABLE}", "set it in the environment"),
+    ({"job": {"env_set": {"PYTHONPATH": "from"}}}, "job.env_set.PYTHONPATH", "set it in the environment"),
+    ({"job": {"env_set": {"A_TOKEN": "xyz"}}}, "job.env_set.A_TOKEN", "got '***'"),
+    ({"job": {"env_set": "${evil}"}}, "job.env_set", "write it without ${...}"),
+    ({"launcher": {"_target_": "hydra_plugins.evil_zoo.run"}}, "launcher._target_", RULE),
+    ({"callbacks": "${oc.create:{x:{_target_:evil_zoo.run}}}"}, "callbacks", "write it without"),
+    ({"callbacks": {"x": {"_target_": "${oc.env:HOME}"}}}, "callbacks.x._target_", "write it without"),
+    ({"job_logging": "${oc.create:{version:1}}"}, "job_logging", "write it without ${...}"),
     ({"hydra_logging": LOGS | {"filters": {"x": {"()": "evil_zoo.run"}}}}, "hydra_logging.filters.x.()", ""),
     *(
         ({"job_logging": LOGS | {kind: {"x": {key: target}}}}, f"job_logging.{kind}.x.{key}", rule)
@@ -161,6 +168,99 @@ def test_what_the_user_adds_is_built(
     assert "hydra.launcher._target_: must be a Launcher" in capfd.readouterr().err
 
 
+SEARCHES = [
+    ["hydra.searchpath=[pkg://evil_zoo]"],
+    ["hydra.searchpath=['pkg://evil_zoo/configs/']"],
+    ["hydra.searchpath=[structured://evil_zoo]"],
+    ["hydra.searchpath=['file://from','pkg://evil_zoo']"],
+    ["hydra.searchpath=[pkg://evil_zoo]", "allow_targets=[evil_zoo.inner,evil]"],
+    ["hydra.searchpath=[pkg://evil_zoo]", "allow_targets=[evil_zoo]", "allow_targets=[]"],
+    ["--config-path", "pkg://evil_zoo"],
+    ["-cp=pkg://evil_zoo"],
+    ["--config-path", "../../evil_zoo"],  # of the package that the command is in
+    ["--config-dir", "from", "--config-name", "named"],
+    ["--config-dir", "from", "--config-name", "referring", "allow_targets=${allow_targets_of_file}"],
+    ["--config-dir", "from", "-cn", "allowing"],
+]
+
+
+@pytest.mark.parametrize("given", SEARCHES)
+def test_no_package_is_imported_for_its_configurations(
+    given: list[str], here: Path, capfd: pytest.CaptureFixture
+) -> None:
+    searches = {"name": "evil_zoo", "hydra": {"searchpath": ["pkg://evil_zoo"]}}
+    (here / "from").mkdir()
+    for name, more in (
+        ("named", {}),
+        ("referring", {"hydra": {"searchpath": ["pkg://${name}"]}, "allow_targets_of_file": ["evil_zoo"]}),
+        ("allowing", {"allow_targets": ["evil_zoo"]}),
+    ):
+        content = {"defaults": ["config", "_self_"]} | searches | more
+        (here / "from" / f"{name}.yaml").write_text(json.dumps(content))
+    before = {path.name for path in here.iterdir()}
+    for more in ([], ["--cfg", "job"], ["--info", "searchpath"]):
+        assert main(["train", *given, *more]) == 2
+        err = capfd.readouterr().err
+        assert err.startswith(("error: hydra.searchpath: ", "error: --config-path: ")), err
+        assert "evil_zoo" in err and "' is not inside attnzoo, " in err and err.count("\n") == 1, err
+    assert {path.name for path in here.iterdir()} == before and "evil_zoo" not in sys.modules
+
+
+COMMANDS = [  # and what each says
+    (["train", "--dry-run"], "'evil_zoo' is not inside attnzoo, "),
+    (["plan"], "'evil_zoo' is not inside attnzoo, "),
+    (["tokenize", "out"], "'evil_zoo' is not inside attnzoo, "),
+    (["sweep"], "a sweep sets it for each of its cells"),
+    (["compare", "attention=mha,mla"], "a sweep sets it for each of its cells"),
+]
+
+
+@pytest.mark.parametrize(("command", "rule"), COMMANDS)
+def test_no_command_imports_one(
+    command: list[str], rule: str, here: Path, capfd: pytest.CaptureFixture
+) -> None:
+    assert main([*command, "hydra.searchpath=[pkg://evil_zoo]"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: hydra.searchpath: {rule}") and err.count("\n") == 1, err
+    assert {path.name for path in here.iterdir()} == {"modules"} and "evil_zoo" not in sys.modules
+
+
+def test_what_may_be_searched(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Folders, packages of ours, and those that the user adds."""
+    packages = here / "modules" / "mine_zoo"
+    for folder in (here / "from", packages):
+        (folder / "experiment").mkdir(parents=True)
+        (folder / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 77\n")
+    (packages / "__init__.py").write_text("")
+
+    def shows(path: str, *more: str) -> bool:
+        given = [f"hydra.searchpath=['{path}']", "experiment=mine", *more]
+        code = main(["train", *given, "--cfg", "job"])
+        return code == 0 and "seed: 77" in capfd.readouterr().out
+
+    for path in (f"file://{here / 'from'}", str(here / "from"), "from"):
+        assert shows(path)
+    assert main(["train", "hydra.searchpath=[pkg://attnzoo.cli]", "--cfg", "job"]) == 0
+    assert not shows("pkg://mine_zoo")
+    assert shows("pkg://mine_zoo", "allow_targets=[other,mine_zoo]")
+    monkeypatch.setenv(VARIABLE, "mine_zoo")
+    assert shows("pkg://mine_zoo") and shows("pkg://mine_zoo/")
+    sys.modules.pop("mine_zoo", None)
+
+
+def test_no_command_lets_a_file_allow_itself(here: Path, capfd: pytest.CaptureFixture) -> None:
+    (here / "from" / "experiment").mkdir(parents=True)
+    content = {"allow_targets": ["evil_zoo"], "callbacks": {"x": {"_target_": "evil_zoo.Mine"}}}
+    (here / "from" / "experiment" / "evil.yaml").write_text("# @package _global_\n" + json.dumps(content))
+    for command in (["train", "--dry-run"], ["plan"]):
+        given = overrides(here, f"hydra.searchpath=['file://{here / 'from'}']", "experiment=evil")
+        assert main([*command, *given]) == 2
+        assert capfd.readouterr().err.startswith("error: allow_targets: is for the command line")
+        assert "evil_zoo" not in sys.modules
+
+
 def test_a_file_allows_itself_nothing(here: Path, capfd: pytest.CaptureFixture) -> None:
     """Neither for Hydra's own node nor for the run's callbacks."""
     own = {"callbacks": {"x": {"_target_": "evil_zoo.Mine"}}}
@@ -181,6 +281,7 @@ def test_a_file_allows_itself_nothing(here: Path, capfd: pytest.CaptureFixture) 
         ("hydra/job_logging=disabled", "hydra/hydra_logging=disabled"),
         ("hydra/hydra_logging=default", "-m", "seed=2,3", "hydra.sweeper.max_batch_size=1"),
         ("hydra/launcher=basic", "hydra/sweeper=basic", "-m"),
+        ("+hydra.job.env_set.ZOO=1", "hydra.job.env_copy=[HOME]", "hydra.output_subdir=.hydra"),
     ],
 )
 def test_hydras_own_goes_through(given: tuple[str, ...], here: Path, capfd: pytest.CaptureFixture) -> None:
@@ -218,8 +319,10 @@ def test_the_file_of_a_multirun_keeps_no_secret(
             key = wrong.partition("=")[0].lstrip("+")
             assert err.startswith(f"error: {key}: holds a secret") and err.count("\n") == 1, err
             assert "abcdefgh" not in err and "xyz" not in err and not (here / "runs").exists()
-    assert trains(here, {"hydra": {"job": {"env_set": {"A_TOKEN": "xyz"}}}}, "-m") == 2
-    assert capfd.readouterr().err.startswith("error: hydra.job.env_set.A_TOKEN: holds a secret")
+    for more in ("-m", "hydra.output_subdir=.hydra"):  # which Hydra fills with all of it, too
+        assert trains(here, {}, "+hydra.job.env_set.A_TOKEN=xyz", more) == 2
+        assert capfd.readouterr().err.startswith("error: hydra.job.env_set.A_TOKEN: holds a secret")
+        assert not (here / "runs").exists() and not (here / "run").exists()
     assert trains(here, {}, "trainer.sample_prompt=${oc.env:ZOO_API_KEY}", "-m") == 0
     assert "${oc.env:ZOO_API_KEY}" in (here / "runs" / "multirun.yaml").read_text()
     written = [path for path in (here / "runs").rglob("*") if path.is_file()]

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 from urllib.parse import quote
 
 PACKAGES = ("attnzoo", "torch", "lightning", "pytorch_lightning")
@@ -134,20 +136,29 @@ def resolve(target: str, packages: tuple[str, ...], field: str) -> type:
     Raises:
         ValueError: there is no such class, or it is outside of them, where nothing is imported.
     """
-    way = f"add its package by allow_targets=[...] on the command line, or {VARIABLE}, if you trust it"
-    inside = ", ".join(packages) or "what the user allows"
-    refused = ValueError(f"{field}: {target!r} is not inside {inside}; {way}")
     module, _, name = target.rpartition(".")
-    if not _DOTTED.fullmatch(target) or not _inside(target, packages) or not module:
-        raise refused
+    if not module:
+        raise _outside(f"{field}: {target!r} is not inside", packages)
+    check_module(target, packages, field)
     try:
         # nothing is walked through: `attnzoo.train.run.os` is an attribute, and no module of that name exists
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise ValueError(f"{field}: there is no class {target!r}; give package.module.Class") from None
     if not isinstance(found, type) or not _inside(found.__module__, packages):
-        raise ValueError(f"{field}: {target!r} is no class of {inside}; {way}")
+        raise _outside(f"{field}: {target!r} is no class of", packages)
     return found
+
+
+def check_module(name: str, packages: tuple[str, ...], field: str) -> None:
+    """Raise a ValueError if a dotted name is outside of the allowed packages; nothing is imported."""
+    if not _DOTTED.fullmatch(name) or not _inside(name, packages):
+        raise _outside(f"{field}: {name!r} is not inside", packages)
+
+
+def _outside(problem: str, packages: Iterable[str]) -> ValueError:
+    way = f"add its package by allow_targets=[...] on the command line, or {VARIABLE}, if you trust it"
+    return ValueError(f"{problem} {', '.join(packages) or 'what the user allows'}; {way}")
 
 
 def _inside(name: str, packages: Iterable[str]) -> bool:
@@ -220,7 +231,9 @@ def print_error(error: BaseException) -> None:
 
 
 def redact_tracebacks() -> None:
-    """Let this process print by `print_error` what nobody catches: in any thread, and where none can."""
+    """Let this process print without secrets what nobody catches, in any thread and where none can, and the
+    lines of Python's logging and warnings, whichever library says them.
+    """
 
     def of_process(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         print_error(error)
@@ -237,6 +250,34 @@ def redact_tracebacks() -> None:
             print_error(args.exc_value)
 
     sys.excepthook, threading.excepthook, sys.unraisablehook = of_process, of_thread, unraisable
+    form = logging.Handler.format  # what all handlers write, whatever their formatters make of a record
+    logging.Handler.format = lambda handler, record: redact(form(handler, record))
+    logging.Handler.handleError = _cannot_log
+    warnings.showwarning = _show_warning
+
+
+def _cannot_log(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Of a message that does not take its arguments, or a file that cannot be written."""
+    error = sys.exc_info()[1]
+    with suppress(Exception):  # as Python's own, where stderr is closed or arguments cannot be shown
+        if logging.raiseExceptions and sys.stderr and error:
+            print_error(error)
+            said = f"cannot log {record.msg!r} with {record.args!r} at {record.pathname}:{record.lineno}"
+            print(redact_text(said), file=sys.stderr)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Libraries replace how warnings are formatted, and leave this in place."""
+    with suppress(OSError, AttributeError):  # as Python's own, where stderr is closed or None
+        text = redact_text(warnings.formatwarning(message, category, filename, lineno, line))
+        (file or sys.stderr).write(text)
 
 
 def _environment_secrets() -> list[str]:

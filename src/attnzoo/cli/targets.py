@@ -1,22 +1,29 @@
-"""What Hydra builds by itself, checked after each of its compositions and before it builds anything.
+"""What Hydra imports and builds by itself, checked before it does.
 
+    --config-path,           packages whose folders hold configurations, imported to compose
+      hydra.searchpath
     hydra.callbacks          before a run and a multirun
     hydra.sweeper, launcher  for a multirun; objects inside of their arguments, too
     hydra.hydra_logging      at the start, by logging.config.dictConfig
     hydra.job_logging        in each job, likewise
 
 A folder of configurations (--config-dir) is data as a checkpoint is: it may name Hydra's own sweeper and
-launcher and the classes of Python's logging, and for the rest what the user has allowed.
+launcher and the classes of Python's logging, and for the rest what the user has allowed. It sets no variables
+of the environment, some of which name code (PYTHONPATH).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
@@ -24,16 +31,25 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from attnzoo.secure import (
+    PACKAGES,
     VARIABLE,
     allowed_targets,
     check,
     check_inside,
+    check_module,
+    redact,
     redact_arguments,
     resolve,
     secrets_in,
 )
 
 OWN = ("hydra._internal.core_plugins",)
+# by Hydra's name for who asked for it; other sources are Hydra's own and those of installed plugins
+SOURCES = {
+    "main": "--config-path",
+    "hydra.searchpath in main": "hydra.searchpath",
+    "hydra.searchpath in command-line": "hydra.searchpath",
+}
 PLUGINS = {"launcher": Launcher, "sweeper": Sweeper}
 LOGGING = ("hydra_logging", "job_logging")
 MADE = ("()", "class", "queue", "listener")  # keys of a logging configuration that name what is built
@@ -46,9 +62,23 @@ _NO_ADDRESS = re.compile(r"\$\{hydra\.runtime\.output_dir\}|[^${]*[^a-z:/${]")  
 
 
 @contextmanager
-def checked_compositions() -> Iterator[None]:
-    """Let Hydra refuse with a ValueError, for a while, what `check_composition` refuses."""
-    load = ConfigLoaderImpl.load_configuration
+def checked_compositions(arguments: Sequence[str]) -> Iterator[None]:
+    """Let Hydra refuse with a ValueError, for a while, what `check_composition` does, and to look for
+    configurations in packages that nobody has allowed.
+
+    Args:
+        arguments: the command line, whose ``allow_targets`` are needed before it is composed.
+    """
+    load, open_sources = ConfigLoaderImpl.load_configuration, ConfigRepository.initialize_sources
+    packages = (*PACKAGES, *_allowed_by(arguments))
+
+    def checked_sources(self: ConfigRepository, config_search_path: ConfigSearchPath) -> None:
+        for source in config_search_path.get_path():
+            scheme, address, place = source.path.partition("://")
+            if source.provider in SOURCES and address and scheme != "file":
+                module = place.replace("/", ".").rstrip(".")  # as Hydra reads it
+                check_module(module, packages, SOURCES[source.provider])
+        open_sources(self, config_search_path)
 
     def checked(
         self: ConfigLoaderImpl,
@@ -63,32 +93,43 @@ def checked_compositions() -> Iterator[None]:
         return config
 
     ConfigLoaderImpl.load_configuration = checked
+    ConfigRepository.initialize_sources = checked_sources
     try:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = load
+        ConfigRepository.initialize_sources = open_sources
+
+
+def _allowed_by(arguments: Sequence[str]) -> tuple[str, ...]:
+    """What a command line and the environment add, by itself: what refers to a file is not known yet."""
+    given = [argument for argument in arguments if _key(argument) == "allow_targets"]
+    values = [override.value() for override in OverridesParser.create().parse_overrides(given)]
+    return allowed_targets(values[-1] if values and isinstance(values[-1], list) else ())
 
 
 def check_composition(config: DictConfig, overrides: Sequence[str], multirun: bool = False) -> None:
-    """Raise a ValueError if Hydra would build what nobody has allowed, or a multirun would keep a secret.
+    """Raise a ValueError if Hydra would build what nobody has allowed, or its own files would keep a secret.
 
     Args:
-        overrides: of the command line, which alone may set ``allow_targets``.
+        overrides: of the command line, which alone may set ``allow_targets`` and environment variables.
     """
     found = OmegaConf.to_container(config, resolve=False)
-    given = found.get("allow_targets") or ()
-    if given and not any(_key(override) == "allow_targets" for override in overrides):
+    given, said = found.get("allow_targets") or (), {_key(override) for override in overrides}
+    if given and "allow_targets" not in said:
         raise ValueError(
             f"allow_targets: is for the command line or {VARIABLE} to say, got {given!r} from a file; "
             f"add allow_targets={_listed(given)} if you trust it"
         )
     allow = allowed_targets(config.get("allow_targets") or ())
     hydra = found["hydra"]
-    if VARIABLE in _mapping(hydra["job"]["env_set"], "hydra.job.env_set"):
-        raise ValueError(
-            f"hydra.job.env_set.{VARIABLE}: a configuration must not set it, got "
-            f"{hydra['job']['env_set'][VARIABLE]!r}; set it in the environment"
-        )
+    for name, value in _mapping(hydra["job"]["env_set"], "hydra.job.env_set").items():
+        key = f"hydra.job.env_set.{name}"
+        if name == VARIABLE or (key not in said and value != os.environ.get(name)):
+            raise ValueError(
+                f"{key}: a configuration must not set it, got {redact(value, name)!r}; "
+                "set it in the environment"
+            )
     for name, kind in PLUGINS.items():
         _check_built(hydra[name], kind, f"hydra.{name}", allow)
     for name, node in _mapping(hydra["callbacks"], "hydra.callbacks").items():
@@ -97,7 +138,7 @@ def check_composition(config: DictConfig, overrides: Sequence[str], multirun: bo
         _check_logging(hydra[name], f"hydra.{name}", allow)
     for name in hydra.keys() - {*PLUGINS, *LOGGING, "callbacks"}:
         check_inside(hydra[name], f"hydra.{name}", allow)
-    if multirun:
+    if multirun or hydra["output_subdir"] is not None:
         _check_secrets(found, overrides)
 
 
@@ -127,11 +168,11 @@ def _check_logging(node: Any, field: str, allow: tuple[str, ...]) -> None:
 
 
 def _check_secrets(found: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Hydra writes multirun.yaml: the configuration as it was given, and the command line."""
+    """Hydra writes multirun.yaml and output_subdir: the configuration as given, and the command line."""
     keys = [_key(a) for a in overrides if "${" not in a and redact_arguments([a]) != [a]]
     if keys := [*keys, *secrets_in(found)]:
         raise ValueError(
-            f"{keys[0]}: holds a secret, which the file of a multirun would keep, got ***; let the library "
+            f"{keys[0]}: holds a secret, which Hydra's own files would keep, got ***; let the library "
             "that needs it read the environment, or give it as ${oc.env:NAME}"
         )
 

@@ -69,7 +69,8 @@ def _train(team: Team, arguments: list[str]) -> int:
     if followed is None:
         return team.end(RUN_ERROR)
     store_variants()
-    with plain_errors(), _argv(["attnzoo train", *order(followed)]), _raw_errors(), checked_compositions():
+    line = order(followed)
+    with plain_errors(), _argv(["attnzoo train", *line]), _raw_errors(), checked_compositions(line):
         try:
             job()
             if failed:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attnzoo import list_variants
 from attnzoo.cli.overrides import describe, flatten
+from attnzoo.cli.targets import checked_compositions
 
 
 def config_folder() -> Path:
@@ -60,8 +61,9 @@ def plain_errors() -> Iterator[None]:
 
 
 def compose(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
-    """One composition, inside `opened`; with Hydra's own node if ``hydra_too``."""
-    return hydra.compose("config", list(overrides), return_hydra_config=hydra_too)
+    """One checked composition, inside `opened`; with Hydra's own node if ``hydra_too``."""
+    with checked_compositions(overrides):
+        return hydra.compose("config", list(overrides), return_hydra_config=hydra_too)
 
 
 def _known_keys() -> set[str]:
