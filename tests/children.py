@@ -107,7 +107,7 @@ def start_ranks(
     cwd: str | Path | None = None,
 ) -> list[Child]:
     """The same child once per rank, in an environment as torchrun makes it; ``env`` may differ by rank."""
-    port = _free_port()
+    port = free_port()
     world = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -124,8 +124,8 @@ def start_ranks(
     ]
 
 
-def _free_port() -> int:
-    """For rank 0 to listen on; none that the system may deal out to another connection meanwhile."""
+def free_port() -> int:
+    """A port for rank 0 to listen on; none that the system may deal out to another connection meanwhile."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as free, suppress(OSError):

@@ -21,7 +21,7 @@ from attnzoo.cluster.settings import read_slurm
 from attnzoo.cluster.task import PASSED, STOPPED, Task
 from attnzoo.parallel.layout import LauncherSettings
 from attnzoo.train.guard import RunFailed
-from children import Child, run_child, until
+from children import Child, free_port, run_child, until
 from runs import overrides, train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "cluster"
@@ -443,7 +443,7 @@ def test_a_list_of_hosts(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# two\nlocalhost\nlocalhost  # again\n")
     paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
     options = overrides(tmp_path, "data.isolate=true", "launcher.accelerator=cpu", "hydra.run.dir=out put")
-    command = ["bash", str(SCRIPTS / "hosts.sh"), "--port", "29731", "hosts", *options]
+    command = ["bash", str(SCRIPTS / "hosts.sh"), "--port", str(free_port()), "hosts", *options]
     done = subprocess.run(
         command,
         cwd=tmp_path,

@@ -19,7 +19,7 @@ from attnzoo.cluster import jobs as cluster
 from attnzoo.sweep import commands, slurm
 from attnzoo.sweep.state import locked, read_outcome
 from attnzoo.train.checkpoint import read_checkpoint
-from runs import metrics, overrides, train
+from runs import metrics_so_far, overrides, train
 from sweeps import PATIENCE, check_two_ranks, manifest, statuses, steps, sweep, tiny, until
 
 LONG = 300  # steps: some seconds, in which to be interrupted
@@ -119,11 +119,6 @@ def srun(folder: Path, tasks: int, *command: str) -> subprocess.CompletedProcess
     )
 
 
-def logged(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl so far."""
-    return metrics(folder) if (folder / "metrics.jsonl").exists() else []
-
-
 def assert_same(one: Any, other: Any) -> None:
     """Equal to the last bit, however nested."""
     if isinstance(one, dict):
@@ -199,7 +194,7 @@ def test_a_run_as_a_job_goes_on_bitwise_after_a_signal(tmp_path: Path) -> None:
     assert code == 0 and "tail -F run/slurm/" in out, out
     job = re.match(r"job (\d+): run folder run\n", out)[1]
     try:
-        until(lambda: len(logged(folder)) > 3)
+        until(lambda: len(metrics_so_far(folder)) > 3)
         subprocess.run(["scancel", "--signal=USR1", job], check=True)
         until(lambda: cluster.queued([job]).get(job) == "PENDING")
         stopped = json.loads((folder / "summary.json").read_text())
@@ -210,11 +205,11 @@ def test_a_run_as_a_job_goes_on_bitwise_after_a_signal(tmp_path: Path) -> None:
     finally:
         subprocess.run(["scancel", job], check=False, capture_output=True)
     assert "Restarts=1" in about(job) and "ExitCode=0:0" in about(job)
-    assert [line["step"] for line in logged(folder)] == list(range(1, LONG + 1))
+    assert [line["step"] for line in metrics_so_far(folder)] == list(range(1, LONG + 1))
     train(tmp_path, *options, name="alone")
-    alone = logged(tmp_path / "alone")
+    alone = metrics_so_far(tmp_path / "alone")
     for key in ("train_loss", "grad_norm"):
-        assert [line[key] for line in logged(folder)] == [line[key] for line in alone]
+        assert [line[key] for line in metrics_so_far(folder)] == [line[key] for line in alone]
     once, twice = (read_checkpoint(path) for path in (tmp_path / "alone", folder))
     assert_same(once["model"], twice["model"])
     assert_same(once["optimizer"], twice["optimizer"])
@@ -226,7 +221,7 @@ def endless(folder: Path, *options: str) -> tuple[Path, str]:
     more = (*HERE, "trainer.max_steps=1000000", f"hydra.run.dir={run}", *options)
     code, out = shell(folder, "train", *overrides(folder, *more))
     assert code == 0, out
-    until(lambda: len(logged(run)) > 3)
+    until(lambda: len(metrics_so_far(run)) > 3)
     return run, re.match(r"job (\d+): ", out)[1]
 
 
@@ -250,15 +245,17 @@ def check_goes_on(folder: Path, job: str, by: str) -> None:
         until(lambda: job not in jobs_here())
         stopped = json.loads((folder / "summary.json").read_text())
         assert stopped["status"] == "stopped" and stopped["stopped_by"] == by
-        assert stopped["steps"] == logged(folder)[-1]["step"] > 3
+        assert stopped["steps"] == metrics_so_far(folder)[-1]["step"] > 3
         subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=30"], check=True)
         hurry(job)
-        until(lambda: len(logged(folder)) > stopped["steps"] + 3)
+        until(lambda: len(metrics_so_far(folder)) > stopped["steps"] + 3)
     finally:
         subprocess.run(["scancel", job], check=False, capture_output=True)
     until(lambda: ended(job) and job not in jobs_here())
     assert "Restarts=1" in about(job)
-    assert [line["step"] for line in logged(folder)] == list(range(1, len(logged(folder)) + 1))
+    assert [line["step"] for line in metrics_so_far(folder)] == list(
+        range(1, len(metrics_so_far(folder)) + 1)
+    )
 
 
 def test_a_job_that_fails_has_the_code_of_its_run(tmp_path: Path) -> None:
@@ -298,7 +295,7 @@ def test_a_plain_script_requeues_itself(tmp_path: Path) -> None:
     )
     job = asked.stdout.strip()
     try:
-        until(lambda: len(logged(folder)) > 3)
+        until(lambda: len(metrics_so_far(folder)) > 3)
         subprocess.run(["scancel", "--signal=USR1", job], check=True)
         until(lambda: cluster.queued([job]).get(job) == "PENDING")
         hurry(job)
@@ -307,7 +304,7 @@ def test_a_plain_script_requeues_itself(tmp_path: Path) -> None:
         subprocess.run(["scancel", job], check=False, capture_output=True)
     assert "Restarts=1" in about(job), about(job)
     assert "ExitCode=0:0" in about(job), (tmp_path / "log").read_text()
-    assert [line["step"] for line in logged(folder)] == list(range(1, LONG + 1))
+    assert [line["step"] for line in metrics_so_far(folder)] == list(range(1, LONG + 1))
 
 
 def test_two_tasks_are_one_run(tmp_path: Path) -> None:
