@@ -13,9 +13,11 @@ import torch
 from omegaconf import OmegaConf
 
 import attnzoo
+from attnzoo.attention.base import Mixer
 from attnzoo.cli import main
 from attnzoo.plan import Hardware, Job, Setup, choose, entry_for, estimate, read_hardware
 from attnzoo.plan.request import VOCABULARY, read_request
+from attnzoo.plan.rules import check_job
 
 ROOT = Path(__file__).parents[1]
 HARDWARE = ROOT / "configs" / "hardware"
@@ -78,6 +80,61 @@ def test_mistakes_are_one_line(argument: str, words: str, capsys: pytest.Capture
     assert main(["plan", *SMALL, *argument.split()]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trainer.aux_weights={xyz: 0.1}"],
+        ["attention=moh", "trainer.aux_weights={moh/balnce: 0.1}"],
+        ["attention=ccgqa", "launcher.tensor_parallel=2"],
+        ["launcher.tensor_parallel=3"],
+        ["attention=mtla", "launcher.context_parallel=2"],
+        ["launcher.context_parallel=3"],
+        ["launcher.context_parallel=4", "data.val_seq_len=1022", "data=synthetic/parity"],
+        ["attention=focused_transformer", "attention.cross_batch=48"],
+        ["attention=focused_transformer", "attention.cross_batch=12", "trainer.accumulate=4"],
+        ["model.layout=init_from"],
+        ["init_from=nothing/here"],
+    ],
+)
+def test_what_the_trainer_refuses_is_not_planned(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Word for word."""
+    monkeypatch.chdir(tmp_path)
+    given, ranks = [*SMALL, "data.batch_size=48", *arguments], "launcher.devices=12"
+    errors = []
+    for command in (["plan", "gpus=12"], ["train", ranks], ["train", "--dry-run", ranks]):
+        assert main([*command, *given]) == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1] == errors[2] and errors[0].count("\n") == 1
+
+
+@pytest.mark.parametrize("field", ["seq_len", "val_seq_len"])
+def test_a_length_that_a_layer_refuses_is_not_planned(field: str, monkeypatch, capsys) -> None:
+    whole = Mixer.forward
+
+    def short(self, x, ctx=None, cache=None):
+        if x.shape[1] > 1024:
+            raise ValueError(f"max_seq_len: must be at least the tokens, got {x.shape[1]}; raise it")
+        return whole(self, x, ctx, cache)
+
+    monkeypatch.setattr(Mixer, "forward", short)
+    given = [*SMALL, "gpus=8", "data=synthetic/parity", f"data.{field}=1025", "launcher.tensor_parallel=2"]
+    assert main(["plan", *given]) == 2
+    assert capsys.readouterr().err.endswith("max_seq_len: must be at least the tokens, got 1025; raise it\n")
+
+
+def test_blocks_that_are_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    whole = Mixer.forward
+    monkeypatch.setattr(Mixer, "forward", lambda self, *a: ran.append(self.site.layer) or whole(self, *a))
+    options = {"vocab_size": 96, "dim": 64, "depth": 6, "num_heads": 4}
+    for layout, layers in (("mha,mha,gla", [0, 2]), ("cla", [0, 1, 2, 3, 4, 5])):
+        check_job(Job({"layout": layout, **options}, 64), 1, {}, ())
+        assert ran == layers
+        ran.clear()
 
 
 FIELDS = {f.name for f in fields(Hardware)} - {"name", "source", "asynchronous"}

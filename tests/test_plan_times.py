@@ -68,12 +68,16 @@ def test_bytes_are_those_of_rings(inside: int, nodes: int) -> None:
 
 
 def test_groups_lie_in_nodes_as_ranks_are_numbered() -> None:
-    for ranks, stride in ((4, 1), (8, 2), (16, 1), (3, 1), (6, 2)):
-        members = [i * stride for i in range(ranks)]
-        found = group(ranks, stride, 8)
-        assert found.ranks == ranks
-        assert len([m for m in members if m // 8 == 0]) >= found.inside
-    assert group(16, 1, 8) == Group(8, 2) and group(8, 8, 8) == Group(1, 8) and group(2, 1, 8) == Group(2, 1)
+    for world, node in ((64, 8), (24, 8), (12, 6), (6, 6), (20, 5), (720, 8), (14, 7)):
+        for stride in (n for n in range(1, world + 1) if world % n == 0):
+            for ranks in (n for n in range(1, world + 1) if world % (n * stride) == 0):
+                found = group(ranks, stride, world, 8)
+                starts = [a + b for a in range(0, world, ranks * stride) for b in range(stride)]
+                nodes = [[(a + i * stride) // node for i in range(ranks)] for a in starts]
+                runs = [n[i : i + found.inside] for n in nodes for i in range(0, ranks, found.inside)]
+                assert found.ranks == ranks and all(len(set(run)) == 1 for run in runs)
+    assert group(16, 1, 64, 8) == Group(8, 2) and group(8, 8, 64, 8) == Group(1, 8)
+    assert group(3, 1, 6, 8) == Group(3, 1) and group(3, 1, 24, 8) == Group(1, 3)
 
 
 def test_latency_and_bandwidth_add() -> None:
@@ -175,6 +179,28 @@ def test_the_best_layout_fits_and_is_the_fastest() -> None:
     assert any(reason.startswith("memory") for reason in found.left_out)
     assert choose(one, 8, 16, replace(PLAIN, memory=1e5), 0.5).best is None
     assert choose(one, 8, 16, hardware, 0.5, {"tensor": 2}).best.setup.tensor == 2
+
+
+@pytest.mark.parametrize(("gpus", "batch", "expected"), [(24, 8, {3, 6, 12}), (6, 2, {3}), (12, 4, {3, 6})])
+def test_all_ways_to_share_heads_and_sequences_are_tried(gpus: int, batch: int, expected: set[int]) -> None:
+    """By force: every pair of sizes, as far as it deals out 12 heads, 6144 tokens and the samples evenly."""
+    one, hardware = job(length=6144, dim=96, num_heads=12, mlp_hidden=96), replace(PLAIN, per_node=6)
+    every = [
+        estimate(one, Setup(gpus, "fsdp", t, c, rows, batch // (d * rows), again), hardware, 0.5)
+        for t in (1, 2, 3, 4, 6)
+        for c in (1, 2, 3, 4, 6)
+        for d in range(1, batch + 1)
+        if t * c * d == gpus and batch % d == 0
+        for rows in range(1, batch // d + 1)
+        if batch % (d * rows) == 0
+        for again in (False, True)
+    ]
+    found = choose(one, gpus, batch, hardware, 0.5)
+    assert {e.setup.tensor * e.setup.context for e in every} >= expected
+    assert found.best.tokens_per_second == max(e.tokens_per_second for e in every if e.fits)
+    nothing = choose(one, gpus, batch, replace(hardware, memory=1e3), 0.5).left_out
+    assert sum(n for reason, n in nothing.items() if reason.startswith("memory")) == len(every)
+    assert found.best.setup.tensor * found.best.setup.context % 3 == 0
 
 
 def test_tokens_are_counted_once_whatever_the_layout() -> None:

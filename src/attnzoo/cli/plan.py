@@ -11,11 +11,11 @@ from attnzoo.cli.zoo import table
 from attnzoo.plan import choose, read_hardware
 from attnzoo.plan.estimate import Choice
 from attnzoo.plan.request import VOCABULARY, Request, batch_of, fixed_of, job_of, read_request, vocabulary
-from attnzoo.plan.rules import check_setup
-from attnzoo.plan.setup import Job, Setup
+from attnzoo.plan.rules import check_job
+from attnzoo.plan.setup import Job
 from attnzoo.plan.show import HEAD, as_row, as_values, without_empty
 from attnzoo.sweep.grid import plain
-from attnzoo.train.prepare import read_groups
+from attnzoo.train.prepare import read_groups, with_start
 
 USAGE = """\
 attnzoo plan [key=value]... [--json]     memory of a GPU and time of a step, for each number of GPUs
@@ -44,13 +44,13 @@ def plan(arguments: list[str]) -> int:
             raise ValueError(f"plan: takes key=value and --json, got {argument!r}; see attnzoo plan --help")
     with plain_errors(), opened():
         config = plain(compose(["run_dir=.", *order(request.overrides)]))
-    read_groups(config)
+    trainer, _, _ = read_groups(config)
+    config = with_start(config)
     hardware = read_hardware(config_folder() / "hardware", request.hardware or "h100", request.changes)
     names = any(key.partition(".")[0] == "tokenizer" for key in request.given)
     job = job_of(config, request.vocab_size or (vocabulary(config) if names else VOCABULARY))
     batch, fixed = batch_of(request, config), fixed_of(request, config)
-    together = fixed.get("tensor", 1) * fixed.get("context", 1)
-    check_setup(job, Setup(together, **{"strategy": "auto"} | fixed))
+    check_job(job, batch, fixed, trainer.aux_weights)
     choices = [choose(job, n, batch, hardware, request.overlap, fixed) for n in request.gpus]
     if "--json" in arguments:
         about = {

@@ -24,11 +24,14 @@ class Group:
         return self.inside * self.nodes
 
 
-def group(ranks: int, stride: int, per_node: int) -> Group:
-    """``ranks`` that are ``stride`` apart in the numbering of a world with ``per_node`` ranks in a node."""
-    inside = max(1, min(ranks, per_node // stride))
-    while ranks % inside:
-        inside -= 1
+def group(ranks: int, stride: int, world: int, most: int) -> Group:
+    """``ranks`` that are ``stride`` apart in the numbering of a world whose nodes have at most ``most``.
+
+    All nodes have as many. Of groups that lie differently the slowest counts: those that do not fill nodes
+    evenly are taken as far apart as the worst place of one lets them be.
+    """
+    node = max(n for n in range(1, min(world, most) + 1) if world % n == 0)
+    inside = max(n for n in range(1, ranks + 1) if ranks % n == 0 and (n == 1 or node % (n * stride) == 0))
     return Group(inside, ranks // inside)
 
 

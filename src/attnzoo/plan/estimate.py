@@ -107,9 +107,11 @@ def _grids(
 ) -> Iterator[tuple[int, int, int]]:
     """Sizes (tensor, context, data) that share out GPUs and samples evenly."""
     heads = job.options["num_heads"]
-    tensors = [fixed["tensor"]] if "tensor" in fixed else _powers(min(hardware.per_node, heads, gpus))
-    longest = min(MOST_CONTEXT, gpus, job.seq_len // LEAST_TOKENS)
-    contexts = [fixed["context"]] if "context" in fixed else _powers(longest)
+    most = min(MOST_CONTEXT, max(1, job.seq_len // LEAST_TOKENS))
+    tensors = [t for t in _divisors(gpus) if t <= hardware.per_node and heads % t == 0]
+    contexts = [c for c in _divisors(gpus) if c <= most and job.seq_len % c == 0]
+    tensors = [fixed["tensor"]] if "tensor" in fixed else tensors
+    contexts = [fixed["context"]] if "context" in fixed else contexts
     micro, parts = fixed.get("accumulate", 1), "the groups that read them"
     if micro > 1:
         parts += f" and their trainer.accumulate={micro} micro-batches"
@@ -150,10 +152,6 @@ def _micro_batches(
 def _divisors(number: int) -> list[int]:
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
-
-
-def _powers(most: int) -> list[int]:
-    return [2**i for i in range(max(most, 1).bit_length())]
 
 
 def refusal(found: Estimate, memory_bytes: float) -> str | None:

@@ -65,7 +65,7 @@ class Job:
     bf16: bool = True
     gpu: bool = True
     val_seq_len: int | None = None
-    _subjects: dict[int, Subject] = field(default_factory=dict, repr=False, compare=False)
+    _subjects: dict[int, Subject | str] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[tuple[int, int, int], Traced] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -102,7 +102,26 @@ class Job:
     def _traced(self, context: int, tensor: int, rows: int) -> Traced:
         key = context, tensor, rows
         if key not in self._traces:
-            if tensor not in self._subjects:
-                self._subjects[tensor] = Subject(self.options, tensor, self.bf16, self.gpu)
-            self._traces[key] = self._subjects[tensor].trace(rows, self.seq_len, context)
+            self._traces[key] = self.subject(tensor).trace(rows, self.seq_len, context)
         return self._traces[key]
+
+    def subject(self, tensor: int = 1) -> Subject:
+        """The model, or the part of one of ``tensor`` ranks that share its heads; built, or refused, once.
+
+        Raises:
+            ValueError: see `Subject`.
+        """
+        if tensor not in self._subjects:
+            try:
+                self._subjects[tensor] = Subject(self.options, tensor, self.bf16, self.gpu)
+            except ValueError as error:
+                self._subjects[tensor] = str(error)
+        found = self._subjects[tensor]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    @property
+    def lengths(self) -> set[int]:
+        """Tokens of a sample, in training and held out."""
+        return {self.seq_len, self.val_seq_len or self.seq_len}

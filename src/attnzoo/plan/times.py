@@ -149,8 +149,8 @@ def _wave(blocks: list[Profile], setup: Setup) -> float:
 
 def _shared(blocks: list[Profile], setup: Setup, hardware: Hardware, again: int) -> tuple[float, float]:
     """Of a micro-batch: sums over heads, and rows and states of sequences."""
-    heads = group(setup.tensor, 1, hardware.per_node)
-    parts = group(setup.context, setup.tensor, hardware.per_node)
+    heads = group(setup.tensor, 1, setup.gpus, hardware.per_node)
+    parts = group(setup.context, setup.tensor, setup.gpus, hardware.per_node)
     tensor = context = 0.0
     for profile in blocks:
         for exchanges, times_ in ((profile.ahead, 1 + again), (profile.back, 1)):
@@ -174,13 +174,15 @@ def _data(traced: Traced, setup: Setup, hardware: Hardware) -> float:
     """
     blocks, rest = units(traced)
     if setup.strategy == "fsdp":
-        who = group(setup.shards, setup.tensor, hardware.per_node)
+        who = group(setup.shards, setup.tensor, setup.gpus, hardware.per_node)
         if who.ranks == 1:
             return 0.0
         one = 3 * sum(gather(FP32 * size, who, hardware) for size in blocks)
         return setup.accumulate * (one + 2 * gather(FP32 * rest, who, hardware))
     total = FP32 * (sum(blocks) + rest)
-    return _calls(reduce, total, -(-total // BUCKET), group(setup.gpus, 1, hardware.per_node), hardware)
+    return _calls(
+        reduce, total, -(-total // BUCKET), group(setup.gpus, 1, setup.gpus, hardware.per_node), hardware
+    )
 
 
 def _update(job: Job, setup: Setup, traced: Traced, hardware: Hardware) -> float:

@@ -8,7 +8,7 @@ a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -36,7 +36,9 @@ from attnzoo.parallel.plan import split_heads
 from attnzoo.parallel.shard import entangled
 from attnzoo.plan.probes import Exchanges, QuietRanks, QuietShare, Tally
 from attnzoo.plan.watch import Profile, Watch, key_of
+from attnzoo.train.objective import objective_of
 from attnzoo.train.optim import parameter_groups
+from attnzoo.train.prepare import check_forward, kinds
 from attnzoo.train.settings import OptimSettings
 
 FLASH = 256  # the widest heads of flash attention
@@ -92,6 +94,7 @@ class Subject:
         self.mode, self.tally, self.bf16, self.gpu = FakeTensorMode(), Tally(), bf16, gpu
         with self.mode, Undrawn():
             self.model = create_model(**options)
+            objective_of(self.model)
             if self.model.objective is not None:
                 raise ValueError(
                     "model.layout: plans are for next-token training, got layers of block diffusion; "
@@ -103,7 +106,6 @@ class Subject:
             param.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for mixer in self.model.mixers if gpu else ():
             mixer.choices = dict.fromkeys(("cpu", "cuda"), mixer.choices["cuda"])
-        self.names = [repr(block) for block in self.model.blocks]
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.by_muon = _by_muon(self.model)
 
@@ -116,12 +118,8 @@ class Subject:
         """
         check_spans(self.model, context, length)
         span = Span(context - 1, context, QuietRanks(context, self.tally)) if context > 1 else None
-        # costs of masks are counted on tensors with content, so before the mode
-        keys = [(text, *_costs(m, length)) for text, m in zip(self.names, self.model.mixers, strict=True)]
-        with self.mode, ExitStack() as stack:
-            if self.gpu:
-                stack.enter_context(AsGpu())
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext())
+        keys = kinds(self.model, length)
+        with self._path():
             try:
                 return _Tracer(self, keys).run(rows, length, span)
             except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
@@ -129,6 +127,20 @@ class Subject:
                     f"model.layout: {self.model.config['layout']!r} looks at its data while it runs, so its "
                     "memory cannot be counted without data; measure a run of a few steps instead"
                 ) from None
+
+    def check(self, rows: int, length: int, aux_weights: Collection[str]) -> None:
+        """What the trainer checks by a forward pass, with its messages; see `check_forward`."""
+        alike = kinds(self.model, length)
+        with self._path():
+            check_forward(self.model, rows, length, alike, aux_weights)
+
+    @contextmanager
+    def _path(self) -> Iterator[None]:
+        with self.mode, ExitStack() as stack:
+            if self.gpu:
+                stack.enter_context(AsGpu())
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext())
+            yield
 
 
 class AsGpu(TorchFunctionMode):
@@ -186,7 +198,7 @@ class _Tracer:
     ) -> Tensor:
         self.line, key = line, self.keys[id(block)]
         with outer.paused():
-            if not self.linked and key in self.known:
+            if key in self.known:
                 self.blocks.append(self.known[key])
                 return h.detach().requires_grad_()
             watch = Watch(self.parameters)
@@ -234,8 +246,3 @@ def _by_muon(model: LanguageModel) -> frozenset[str]:
     groups = parameter_groups(model, OptimSettings(name="muon"))
     chosen = {id(p) for group in groups if group["kind"] == "muon" for p in group["params"]}
     return frozenset(name for name, p in model.named_parameters() if id(p) in chosen)
-
-
-def _costs(mixer: nn.Module, length: int) -> tuple[float, ...]:
-    cost = mixer.cost(length)
-    return cost.params, cost.forward_flops, cost.executed_flops, cost.cache_bytes_per_token, cost.state_bytes

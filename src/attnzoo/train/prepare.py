@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,13 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """Raise a ValueError for a run that could not begin, without reading data."""
     trainer, optim, data = read_groups(config)
     check_layout(read_launcher(config), optim.name, data.batch_size, trainer.accumulate)
+    _check_model(with_start(config), trainer)
+
+
+def with_start(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the architecture of what it starts from, which is read and checked."""
     field, start = _starting_point(config)
-    checkpoint = read_checkpoint(start, field) if start else None
-    _check_model(_with_architecture(dict(config), checkpoint), trainer)
+    return _with_architecture(dict(config), read_checkpoint(start, field) if start else None)
 
 
 def model_options(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -154,23 +158,70 @@ def model_options(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 
 def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
-    """A forward pass without data: layers refuse a length, and name their auxiliary losses, themselves."""
-    collector = Collector()
-    with FakeTensorMode():
+    """Layers refuse what they cannot do, and name their auxiliary losses, themselves."""
+    data, launcher = config["data"], read_launcher(config)
+    lengths = {data["seq_len"], data.get("val_seq_len") or data["seq_len"]}
+    with FakeTensorMode() as mode:
         model = create_model(**model_options(config, vocab_size=256))
         objective_of(model)
-        data, launcher = config["data"], read_launcher(config)
-        for length in {data["seq_len"], data.get("val_seq_len") or data["seq_len"]}:
+        for length in lengths:
             check_spans(model, launcher.context_parallel, length)
         check_split(model, launcher.tensor_parallel)
+    alike = kinds(model, max(lengths))
+    with mode:
         rows = max(1, data["batch_size"] // trainer.accumulate)  # of a micro-batch, on a single rank
-        longest = max(data["seq_len"], data.get("val_seq_len") or 0)
-        tokens = torch.zeros(rows, longest, dtype=torch.long)
-        try:
-            model(tokens, Context(collector=collector))
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-            return  # a layer that looks at its data speaks up in the first step
-    for name in trainer.aux_weights:
+        check_forward(model, rows, max(lengths), alike, trainer.aux_weights)
+
+
+def kinds(model: nn.Module, length: int) -> list[Hashable]:
+    """A key for each block, equal for blocks that are alike; none are where layers hand tensors on.
+
+    Call it outside of a fake mode: costs of masks are counted on tensors with content.
+    """
+    if any(mixer.gives or mixer.needs for mixer in model.mixers):
+        return list(range(len(model.blocks)))
+    costs = [mixer.cost(length) for mixer in model.mixers]
+    return [
+        (
+            repr(block),
+            cost.params,
+            cost.forward_flops,
+            cost.executed_flops,
+            cost.cache_bytes_per_token,
+            cost.state_bytes,
+        )
+        for block, cost in zip(model.blocks, costs, strict=True)
+    ]
+
+
+def check_forward(
+    model: nn.Module, rows: int, length: int, alike: Iterable[Hashable], aux_weights: Collection[str]
+) -> None:
+    """A forward pass without data, of each kind of block once; the model is on fake tensors, in their mode.
+
+    Args:
+        rows, length: samples and their tokens. alike: as `kinds`. aux_weights: names of auxiliary losses.
+
+    Raises:
+        ValueError: a layer refuses the shape, or none reports a loss of that name.
+    """
+    keys = {id(block): key for block, key in zip(model.blocks, alike, strict=True)}
+    collector, seen, run = Collector(), set(), model.run_block
+
+    def once(block: nn.Module, h: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if keys[id(block)] in seen:
+            return h
+        seen.add(keys[id(block)])
+        return run(block, h, *rest)
+
+    model.run_block = once
+    try:
+        model(torch.zeros(rows, length, dtype=torch.long), Context(collector=collector))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
+        return  # a layer that looks at its data speaks up in the first step
+    finally:
+        model.run_block = run
+    for name in aux_weights:
         if name not in collector.losses:
             reported = ", ".join(sorted(collector.losses)) or "none"
             raise ValueError(f"trainer.aux_weights: no layer reports {name!r}; reported: {reported}")
