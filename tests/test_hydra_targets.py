@@ -68,10 +68,15 @@ REFUSED = [
     *(
         ({"job_logging": LOGS | {kind: {"x": {key: target}}}}, f"job_logging.{kind}.x.{key}", rule)
         for kind, key, target, rule in (
-            ("handlers", "()", "evil_zoo.run", "is not inside logging; add its package"),
-            ("handlers", "class", "evil_zoo.run", "is not inside logging; add its package"),
-            ("handlers", "class", "logging.config.fileConfig", "is no class of logging"),
-            ("handlers", "class", "logging.os.system", "no class"),
+            ("handlers", "()", "evil_zoo.run", "logging.Filter; add its package by allow_targets=[...]"),
+            ("handlers", "class", "evil_zoo.run", "is not inside logging.StreamHandler, "),
+            ("handlers", "class", "logging.config.fileConfig", "is not inside logging.StreamHandler, "),
+            ("handlers", "class", "logging.handlers.SMTPHandler", "is not inside logging.StreamHandler, "),
+            ("handlers", "class", "logging.os.system", "is not inside logging.StreamHandler, "),
+            ("handlers", "filename", "run.log", "NAME.log only"),
+            ("handlers", "filename", "${hydra.runtime.output_dir}/../x.log", "NAME.log only"),
+            ("handlers", "filename", "${hydra.runtime.output_dir}/config.yaml", "NAME.log only"),
+            ("handlers", "filename", "${hydra.runtime.output_dir}/${hydra.job.num}/../../x.log", "NAME.log"),
             ("handlers", "queue", "evil_zoo.run", "is not inside logging"),
             ("handlers", "class", "${name}", "write it without ${...}"),
             ("handlers", "stream", "ext://evil_zoo.run", "must be ext://sys.stdout or ext://sys.stderr"),
@@ -83,6 +88,15 @@ REFUSED = [
             ("filters", "()", "evil_zoo.run", "is not inside logging"),
         )
     ),
+    (
+        {
+            "job_logging": LOGS
+            | {"handlers": {"x": {"()": "logging.FileHandler", ".": {"baseFilename": "/x"}}}}
+        },
+        "job_logging.handlers.x...baseFilename",
+        "NAME.log only",
+    ),
+    ({"job": {"name": "../../run"}}, "job.name", "must be no path in a file"),
 ]
 
 

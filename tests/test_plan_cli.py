@@ -18,6 +18,7 @@ from attnzoo.cli import main
 from attnzoo.plan import Hardware, Job, Setup, choose, entry_for, estimate, read_hardware
 from attnzoo.plan.request import VOCABULARY, read_request
 from attnzoo.plan.rules import check_job
+from runs import train
 
 ROOT = Path(__file__).parents[1]
 HARDWARE = ROOT / "configs" / "hardware"
@@ -298,6 +299,13 @@ def test_a_dry_run_estimates_and_writes_nothing(tmp_path, monkeypatch, capsys) -
     )
     out = capsys.readouterr().out
     assert "data 4, context 1, tensor 2" in out and "tokens/s" in out
+
+
+def test_a_dry_run_takes_the_architecture_of_its_start(tmp_path, monkeypatch, capsys) -> None:
+    start, _ = train(tmp_path / "start", "attention=gqa")
+    (tmp_path / "here").mkdir()
+    assert dry(tmp_path / "here", monkeypatch, "model.layout=init_from", f"init_from={start.folder}") == 0
+    assert "\ngqa: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from lightning.fabric.utilities import warnings as lightning_warnings
 
 from attnzoo.cli import main
-from attnzoo.secure import redact_tracebacks
+from attnzoo.redaction import redact_output
 from attnzoo.train.module import LanguageModule
 from children import run_child
 from runs import overrides
@@ -36,7 +36,7 @@ def redacting(monkeypatch: pytest.MonkeyPatch) -> None:
     changed += [(sys, "excepthook"), (sys, "unraisablehook"), (threading, "excepthook")]
     for owner, name in changed:
         monkeypatch.setattr(owner, name, getattr(owner, name))
-    redact_tracebacks()
+    redact_output()
     monkeypatch.setenv("ZOO_API_KEY", SECRET)
 
 

@@ -19,7 +19,8 @@ from attnzoo.cli import explain, main
 from attnzoo.cli.tree import path_part
 from attnzoo.compare.runs import _config
 from attnzoo.data import load_tokenizer
-from attnzoo.secure import VARIABLE, allowed_targets, build, redact, redact_arguments, redact_text
+from attnzoo.redaction import redact, redact_arguments, redact_text
+from attnzoo.secure import VARIABLE, allowed_targets, build
 from attnzoo.sweep.cell import _config as cell_config
 from attnzoo.sweep.cell import _explain as cell_error
 from attnzoo.sweep.manifest import FILE, read_manifest

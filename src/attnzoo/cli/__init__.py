@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from attnzoo.secure import print_error, redact_text, redact_tracebacks
+from attnzoo.redaction import print_error, redact_output, redact_text
 
 USAGE_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 TRAIN_HELP = "train a model: attnzoo train [group=choice] [key=value] [-m] [--cfg job]"
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ``arguments`` the process is the command's own, and prints no secret in the trace of an uncaught error.
     """
     if arguments is None:
-        redact_tracebacks()
+        redact_output()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "--traceback" in arguments:
         arguments.remove("--traceback")

@@ -21,7 +21,7 @@ from attnzoo.plan.times import PARTS as TIMES
 from attnzoo.sweep.grid import plain
 from attnzoo.train.batches import CounterBatches
 from attnzoo.train.hardware import choose_precision
-from attnzoo.train.prepare import check_architecture, read_groups, read_launcher
+from attnzoo.train.prepare import check_architecture, read_groups, read_launcher, with_start
 
 OWN = ("hardware", "overlap")
 
@@ -43,6 +43,7 @@ def dry_run(arguments: list[str]) -> int:
         config = plain(compose(["run_dir=.", *order(a for a in arguments if a not in own)]))
     config["launcher"] = launcher_here(config["launcher"])
     check_architecture(config)
+    config = with_start(config)
     launcher = read_launcher(config)
     hardware, memory = _hardware(launcher, request.hardware, request.changes)
     setup, precision = _setup(config, launcher), config["trainer"]["precision"]
@@ -98,13 +99,15 @@ def _setup(config: Mapping[str, Any], launcher: LauncherSettings) -> Setup:
 def _print(found, hardware: Hardware | None, memory: float | None) -> None:
     job, setup = found.job, found.setup
     print(
-        f"{job.options['layout']}: {job.cost.params:,} parameters; {setup.gpus} ranks (data {setup.data}, "
+        f"{job.options['layout']}: {job.cost.params:,} parameters; {setup.gpus} "
+        f"rank{'s' * (setup.gpus > 1)} (data {setup.data}, "
         f"context {setup.context}, tensor {setup.tensor}), {setup.accumulate} x {setup.rows} samples of "
         f"{job.seq_len} tokens on each; {'bf16' if job.bf16 else 'fp32'}"
     )
-    has = "" if memory is None else f" of {memory / GIB:.1f}"
-    sizes = [[f"  {name}", f"{getattr(found.memory, name) / GIB:.2f} GiB"] for name in MEMORY]
-    print(f"memory of a rank: {found.memory.total / GIB:.2f} GiB{has}, at its highest")
+    unit, measure = (GIB, "GiB") if found.memory.total > GIB / 10 else (GIB / 1024, "MiB")
+    has = "" if memory is None else f" of {memory / unit:.1f}"
+    sizes = [[f"  {name}", f"{getattr(found.memory, name) / unit:.2f} {measure}"] for name in MEMORY]
+    print(f"memory of a rank: {found.memory.total / unit:.2f} {measure}{has}, at its highest")
     print(table(sizes))
     if hardware is None:
         print("time of a step: unknown here; hardware=h100 tells it for an entry of configs/hardware")

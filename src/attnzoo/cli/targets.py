@@ -8,8 +8,9 @@
     hydra.job_logging        in each job, likewise
 
 A folder of configurations (--config-dir) is data as a checkpoint is: it may name Hydra's own sweeper and
-launcher and the classes of Python's logging, and for the rest what the user has allowed. It sets no variables
-of the environment, some of which name code (PYTHONPATH).
+launcher and the simple classes of Python's logging, which then write to the terminal and to the run's folder,
+and for the rest what the user has allowed. It sets no variables of the environment, some of which name code
+(PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from attnzoo.redaction import redact, redact_arguments, secrets_in
 from attnzoo.secure import (
     PACKAGES,
     VARIABLE,
@@ -37,10 +39,7 @@ from attnzoo.secure import (
     check,
     check_inside,
     check_module,
-    redact,
-    redact_arguments,
     resolve,
-    secrets_in,
 )
 
 OWN = ("hydra._internal.core_plugins",)
@@ -53,7 +52,13 @@ SOURCES = {
 PLUGINS = {"launcher": Launcher, "sweeper": Sweeper}
 LOGGING = ("hydra_logging", "job_logging")
 MADE = ("()", "class", "queue", "listener")  # keys of a logging configuration that name what is built
+CLASSES = tuple(
+    f"logging.{name}" for name in ("StreamHandler", "FileHandler", "NullHandler", "Formatter", "Filter")
+)
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+_NAME = r"\$\{hydra\.job\.name\}"
+# the second is Hydra's own
+_LOG = re.compile(rf"\$\{{hydra\.runtime\.output_dir\}}/({_NAME}|[\w-]+)\.log|hydra-{_NAME}\.log")
 # what Hydra itself fills with text: nothing else is known before it builds
 _TEXT = re.compile(
     r"\$\{hydra\.(job\.(name|id|num)|runtime\.(cwd|output_dir)|run\.dir|sweep\.(dir|subdir))\}"
@@ -135,7 +140,10 @@ def check_composition(config: DictConfig, overrides: Sequence[str], multirun: bo
     for name, node in _mapping(hydra["callbacks"], "hydra.callbacks").items():
         _check_built(node, Callback, f"hydra.callbacks.{name}", allow)
     for name in LOGGING:
-        _check_logging(hydra[name], f"hydra.{name}", allow)
+        _check_logging(hydra[name], f"hydra.{name}", allow, said)
+    job = hydra["job"]["name"]  # part of the name of a file
+    if "hydra.job.name" not in said and re.search(r"[/\\]", str(job)):
+        raise ValueError(f"hydra.job.name: must be no path in a file, got {job!r}; give it without folders")
     for name in hydra.keys() - {*PLUGINS, *LOGGING, "callbacks"}:
         check_inside(hydra[name], f"hydra.{name}", allow)
     if multirun or hydra["output_subdir"] is not None:
@@ -153,16 +161,22 @@ def _check_built(node: Any, kind: type, field: str, allow: tuple[str, ...]) -> N
     check(node, kind, field, allow, OWN)
 
 
-def _check_logging(node: Any, field: str, allow: tuple[str, ...]) -> None:
+def _check_logging(node: Any, field: str, allow: tuple[str, ...], said: set[str]) -> None:
     if node is None:
         return
-    packages = ("logging", *allow)
     for key, text in _texts(node, field):
         name = key.rpartition(".")[2]
+        # under "." are attributes of what is made: those of a file's handler may name another file
+        if (name == "filename" or "..." in key) and key not in said and not _LOG.fullmatch(text):
+            raise ValueError(
+                f"{key}: a file may log to ${{hydra.runtime.output_dir}}/NAME.log only, got {text!r}; "
+                "give another place on the command line"
+            )
         if "${" in text and not _NO_ADDRESS.match(text):
             raise _refers(key, text)
         if name in MADE:
-            resolve(text, packages, key)
+            check_module(text, (*CLASSES, *allow), key)
+            resolve(text, ("logging", *allow), key)
         elif text.startswith("ext:") and text not in STREAMS:
             raise ValueError(f"{key}: must be {' or '.join(STREAMS)}, got {text!r}; or a value of its own")
 

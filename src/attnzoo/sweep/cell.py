@@ -24,7 +24,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from attnzoo.cli import INTERRUPTED, report
-from attnzoo.secure import print_error, redact_text, redact_tracebacks
+from attnzoo.redaction import print_error, redact_output, redact_text
 from attnzoo.sweep.manifest import Cell, Manifest, read_manifest
 from attnzoo.sweep.state import DONE, FAILED, STOPPED, Outcome, attempts, completed, write_outcome
 from attnzoo.train.checkpoint import read_checkpoint
@@ -38,7 +38,7 @@ from attnzoo.train.store import FOLDER, checkpoints, newest_intact
 def main(arguments: list[str] | None = None) -> int:
     """Train the cell; returns 0 if it completed, 130 if it was stopped, else 1 or 2."""
     if arguments is None:
-        redact_tracebacks()
+        redact_output()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("cell")

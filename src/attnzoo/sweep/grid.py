@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from attnzoo.cli.overrides import order
 from attnzoo.cli.tree import compose, opened, plain_errors
-from attnzoo.secure import secrets_in
+from attnzoo.redaction import secrets_in
 from attnzoo.sweep.manifest import RATE, RUN, SEED, Cell
 from attnzoo.sweep.request import positive
 

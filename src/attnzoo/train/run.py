@@ -22,7 +22,8 @@ from attnzoo.parallel.launch import adopt, end_ranks
 from attnzoo.parallel.layout import Layout
 from attnzoo.parallel.pulse import Pulse
 from attnzoo.parallel.ranks import Ranks
-from attnzoo.secure import allowed_targets, build, plain_command_line, redact, redact_text
+from attnzoo.redaction import plain_command_line, redact, redact_text
+from attnzoo.secure import allowed_targets, build
 from attnzoo.signals import deaf
 from attnzoo.train.batches import CounterBatches, train_loader
 from attnzoo.train.callbacks import Checkpoint, Draws, GracefulStop
