@@ -38,7 +38,7 @@ from attnzoo.plan.probes import Exchanges, QuietRanks, QuietShare, Tally
 from attnzoo.plan.watch import Profile, Watch, key_of
 from attnzoo.train.objective import objective_of
 from attnzoo.train.optim import parameter_groups
-from attnzoo.train.prepare import check_forward, kinds
+from attnzoo.train.rehearsal import check_forward, kinds
 from attnzoo.train.settings import OptimSettings
 
 FLASH = 256  # the widest heads of flash attention

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,35 +21,7 @@ from attnzoo.train.guard import RunFailed, find_culprit
 from attnzoo.train.metrics import Meter, Progress
 from attnzoo.train.objective import objective_of
 from attnzoo.train.optim import build_optimizer, load_named_state, lr_factor, named_state, set_learning_rate
-from attnzoo.train.settings import OptimSettings, TrainerSettings
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is fixed for the length of a run.
-
-    Args:
-        seed: of the weights, the samples and every random draw.
-        batch_size, seq_len: samples per optimiser step over all ranks, tokens per sample.
-        total_steps: optimiser steps of the whole run, None where only the clock ends it.
-        train_flops: per token, forward and backward, as the chosen implementation runs them.
-        offset: the counter of the first sample, were all steps of this ``batch_size``.
-    """
-
-    seed: int
-    batch_size: int
-    seq_len: int
-    total_steps: int | None
-    train_flops: float
-    offset: int = 0
-
-    def first_sample(self, step: int) -> int:
-        """The counter of the first sample of the step after ``step`` steps."""
-        return self.offset + step * self.batch_size
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len
+from attnzoo.train.settings import OptimSettings, Plan, TrainerSettings
 
 
 class LanguageModule(pl.LightningModule):

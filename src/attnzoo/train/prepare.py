@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,9 @@ import lightning.pytorch as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnzoo import Collector, Context, create_model
+from attnzoo import create_model
 from attnzoo.cluster.ranks import launcher_here
 from attnzoo.cost import Cost
 from attnzoo.data import Corpus, build_data
@@ -30,10 +25,10 @@ from attnzoo.train.batches import CounterBatches
 from attnzoo.train.checkpoint import check_vocabulary, find_checkpoint, load_weights, read_checkpoint
 from attnzoo.train.draws import seed_draws
 from attnzoo.train.folder import check_folder
-from attnzoo.train.module import Plan
 from attnzoo.train.objective import objective_of
+from attnzoo.train.rehearsal import check_forward, kinds
 from attnzoo.train.resume import check_resume, check_same, sample_offset, to_close
-from attnzoo.train.settings import OptimSettings, TrainerSettings, read_settings
+from attnzoo.train.settings import OptimSettings, Plan, TrainerSettings, read_settings
 
 
 @dataclass(frozen=True)
@@ -171,60 +166,6 @@ def _check_model(config: Mapping[str, Any], trainer: TrainerSettings) -> None:
     with mode:
         rows = max(1, data["batch_size"] // trainer.accumulate)  # of a micro-batch, on a single rank
         check_forward(model, rows, max(lengths), alike, trainer.aux_weights)
-
-
-def kinds(model: nn.Module, length: int) -> list[Hashable]:
-    """A key for each block, equal for blocks that are alike; none are where layers hand tensors on.
-
-    Call it outside of a fake mode: costs of masks are counted on tensors with content.
-    """
-    if any(mixer.gives or mixer.needs for mixer in model.mixers):
-        return list(range(len(model.blocks)))
-    costs = [mixer.cost(length) for mixer in model.mixers]
-    return [
-        (
-            repr(block),
-            cost.params,
-            cost.forward_flops,
-            cost.executed_flops,
-            cost.cache_bytes_per_token,
-            cost.state_bytes,
-        )
-        for block, cost in zip(model.blocks, costs, strict=True)
-    ]
-
-
-def check_forward(
-    model: nn.Module, rows: int, length: int, alike: Iterable[Hashable], aux_weights: Collection[str]
-) -> None:
-    """A forward pass without data, of each kind of block once; the model is on fake tensors, in their mode.
-
-    Args:
-        rows, length: samples and their tokens. alike: as `kinds`. aux_weights: names of auxiliary losses.
-
-    Raises:
-        ValueError: a layer refuses the shape, or none reports a loss of that name.
-    """
-    keys = {id(block): key for block, key in zip(model.blocks, alike, strict=True)}
-    collector, seen, run = Collector(), set(), model.run_block
-
-    def once(block: nn.Module, h: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if keys[id(block)] in seen:
-            return h
-        seen.add(keys[id(block)])
-        return run(block, h, *rest)
-
-    model.run_block = once
-    try:
-        model(torch.zeros(rows, length, dtype=torch.long), Context(collector=collector))
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
-        return  # a layer that looks at its data speaks up in the first step
-    finally:
-        model.run_block = run
-    for name in aux_weights:
-        if name not in collector.losses:
-            reported = ", ".join(sorted(collector.losses)) or "none"
-            raise ValueError(f"trainer.aux_weights: no layer reports {name!r}; reported: {reported}")
 
 
 def _with_architecture(config: dict[str, Any], checkpoint: Mapping[str, Any] | None) -> dict[str, Any]:

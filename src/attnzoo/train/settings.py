@@ -130,6 +130,34 @@ class OptimSettings:
 Settings = TypeVar("Settings", TrainerSettings, OptimSettings)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed for the length of a run.
+
+    Args:
+        seed: of the weights, the samples and every random draw.
+        batch_size, seq_len: samples per optimiser step over all ranks, tokens per sample.
+        total_steps: optimiser steps of the whole run, None where only the clock ends it.
+        train_flops: per token, forward and backward, as the chosen implementation runs them.
+        offset: the counter of the first sample, were all steps of this ``batch_size``.
+    """
+
+    seed: int
+    batch_size: int
+    seq_len: int
+    total_steps: int | None
+    train_flops: float
+    offset: int = 0
+
+    def first_sample(self, step: int) -> int:
+        """The counter of the first sample of the step after ``step`` steps."""
+        return self.offset + step * self.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+
 def read_settings(group: str, kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """One config group as its settings object.
 
