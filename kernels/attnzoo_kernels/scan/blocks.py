@@ -173,9 +173,8 @@ def _side_by_side(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0] * weights[0]
     if torch.compiler.is_compiling():  # a graph knows no output that is a view
-        return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)], 2).flatten(
-            2, 3
-        )
+        weighted = [part * weight for part, weight in zip(parts, weights, strict=True)]
+        return torch.stack(weighted, dim=2).flatten(2, 3)
     X, count, size, K = parts[0].shape
     out = parts[0].new_empty(X, count, len(parts), size, K)
     for to, part, weight in zip(out.unbind(2), parts, weights, strict=True):

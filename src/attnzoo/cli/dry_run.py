@@ -21,7 +21,7 @@ from attnzoo.plan.times import PARTS as TIMES
 from attnzoo.sweep.grid import plain
 from attnzoo.train.batches import CounterBatches
 from attnzoo.train.hardware import choose_precision
-from attnzoo.train.prepare import check_architecture, read_groups, read_launcher, with_start
+from attnzoo.train.prepare import check_architecture, read_groups, read_launcher
 
 OWN = ("hardware", "overlap")
 
@@ -42,8 +42,7 @@ def dry_run(arguments: list[str]) -> int:
     with plain_errors(), opened():
         config = plain(compose(["run_dir=.", *order(a for a in arguments if a not in own)]))
     config["launcher"] = launcher_here(config["launcher"])
-    check_architecture(config)
-    config = with_start(config)
+    config = check_architecture(config)
     launcher = read_launcher(config)
     hardware, memory = _hardware(launcher, request.hardware, request.changes)
     setup, precision = _setup(config, launcher), config["trainer"]["precision"]

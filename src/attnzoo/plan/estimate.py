@@ -108,8 +108,9 @@ def _grids(
     """Sizes (tensor, context, data) that share out GPUs and samples evenly."""
     heads = job.options["num_heads"]
     most = min(MOST_CONTEXT, max(1, job.seq_len // LEAST_TOKENS))
-    tensors = [t for t in _divisors(gpus) if t <= hardware.per_node and heads % t == 0]
-    contexts = [c for c in _divisors(gpus) if c <= most and job.seq_len % c == 0]
+    even = _divisors(gpus)
+    tensors = [t for t in even if t <= hardware.per_node and heads % t == 0]
+    contexts = [c for c in even if c <= most and job.seq_len % c == 0]
     tensors = [fixed["tensor"]] if "tensor" in fixed else tensors
     contexts = [fixed["context"]] if "context" in fixed else contexts
     micro, parts = fixed.get("accumulate", 1), "the groups that read them"

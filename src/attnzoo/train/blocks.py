@@ -22,10 +22,10 @@ def prepare_blocks(model: nn.Module, recompute: bool, compiled: bool) -> None:
     if compiled:
         for block in model.blocks:
             block.compile()
+        # as autograd does it here, which goes back outside of autocast
+        torch._functorch.config.backward_pass_autocast = "off"
         # blocks alike share their graphs, but all may differ, and torch counts those of all together:
         # past its limit it would run the rest as they are
-        # as autograd does it, which leaves autocast before it goes back
-        torch._functorch.config.backward_pass_autocast = "off"
         config, graphs = torch._dynamo.config, GRAPHS * len(model.blocks)
         config.recompile_limit = max(config.recompile_limit, graphs)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)

@@ -131,11 +131,17 @@ def check_layout(launcher: LauncherSettings, optimiser: str, batch_size: int, ac
     CounterBatches(0, 1, batch_size, accumulate, 0, layout.data)
 
 
-def check_architecture(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a run that could not begin, without reading data."""
+def check_architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Raise a ValueError for a run that could not begin, without reading data.
+
+    Returns:
+        The configuration, as `with_start`.
+    """
     trainer, optim, data = read_groups(config)
     check_layout(read_launcher(config), optim.name, data.batch_size, trainer.accumulate)
-    _check_model(with_start(config), trainer)
+    config = with_start(config)
+    _check_model(config, trainer)
+    return config
 
 
 def with_start(config: Mapping[str, Any]) -> dict[str, Any]:
